@@ -1,0 +1,100 @@
+"""Opens a package: checks that it is ours and whole, loads it on its target, returns the runner for its task."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from QEfficient.engine.tokenizer import PackageTokenizer
+from QEfficient.errors import PackageError
+from QEfficient.store.digest import file_digest
+from QEfficient.targets.base import Session
+from QEfficient.targets.manifest import Manifest
+from QEfficient.targets.registry import get_target
+
+#: Task of the manifest -> the class that runs it.
+RUNNERS = {
+    "text-generation": "QEfficient.engine.text:CompiledCausalLM",
+    "feature-extraction": "QEfficient.engine.encoder:CompiledEncoder",
+    "text-classification": "QEfficient.engine.encoder:CompiledClassifier",
+}
+
+
+class LoadedPackage:
+    """A package ready to run. Use as a context manager, or call `close` to free its memory."""
+
+    def __init__(self, directory: Path, manifest: Manifest, session: Session) -> None:
+        self.directory, self.manifest, self.session = directory, manifest, session
+        self._tokenizer: PackageTokenizer | None = None
+
+    @property
+    def tokenizer(self) -> PackageTokenizer:
+        """The tokenizer that came with the package; InputError when it came with none."""
+        if self._tokenizer is None:
+            self._tokenizer = PackageTokenizer.from_directory(self.directory)
+        return self._tokenizer
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the package; see the subclass for its task."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.manifest.model.get('name')!r}, target={self.manifest.target!r})"
+
+
+def open_package(directory: str | Path, *, verify: bool = True, threads: int | None = None) -> LoadedPackage:
+    """Loads a package directory made by ``compile()`` or ``save_pretrained()``.
+
+    Needs onnxruntime, numpy and tokenizers only: neither torch nor transformers is imported.
+
+    Args:
+        directory: the package.
+        verify: compare the size and BLAKE3 digest of every file with the manifest; False only for packages that
+            were just checked.
+        threads: threads for the program; None uses every core this process may run on.
+
+    Raises:
+        PackageError: not a package, of a newer format, incomplete, changed, or for a target that is not here.
+    """
+    place = Path(directory).expanduser()
+    manifest = Manifest.load(place)
+    verify_files(place, manifest, digests=verify)
+    if manifest.task not in RUNNERS:
+        raise PackageError(f"{place} does {manifest.task!r}, which this version cannot run: upgrade QEfficient.")
+    session = get_target(manifest.target).load(place, manifest, threads=threads)
+    module, _, name = RUNNERS[manifest.task].partition(":")
+    runner: LoadedPackage = getattr(importlib.import_module(module), name)(place, manifest, session)
+    return runner
+
+
+def verify_files(directory: Path, manifest: Manifest, *, digests: bool = True) -> None:
+    """Checks that every file of the manifest is there with its size and, with ``digests``, its content.
+
+    Raises:
+        PackageError: naming the first file that is missing or differs.
+    """
+    if manifest.program not in manifest.files:
+        raise PackageError(f"{directory} lists no program: compile the package again.")
+    for name, record in manifest.files.items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise PackageError(f"{directory} lists the file {name!r} outside itself: refused.")
+        if not path.is_file():
+            raise PackageError(f"{directory} is incomplete, {name} is missing: compile or copy it again.")
+        if path.stat().st_size != record.size:
+            raise PackageError(f"{path} is {path.stat().st_size} bytes, not {record.size}: the package is corrupt.")
+        if digests and file_digest(path) != record.blake3:
+            raise PackageError(f"{path} was changed after it was compiled: refused (compile the package again).")

@@ -1,0 +1,1 @@
+"""Proof: does the package compute what the model computes?"""

@@ -1,0 +1,43 @@
+"""Generic clean-up of a traced graph with library passes that never touch or copy a referenced weight."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants
+
+from QEfficient.errors import ExportError
+from QEfficient.onnx_io import FileTensor
+
+
+def clean_up(model: ir.Model) -> None:
+    """Inlines, folds constants, removes identities, duplicates and dead nodes. The function computed is unchanged.
+
+    Folding never reads a weight that lives in a file, so Transpose or Cast of a weight stay for the target to decide,
+    and equal weights stay separate tensors under their own names.
+    """
+    ir.passes.Sequential(passes.InlinePass())(model)
+    for _ in range(2):
+        fold_constants(model, should_fold=_foldable)
+        rewriter.rewrite(model)
+    result = ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=64),
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
+    if result.model is not model:
+        raise ExportError("a clean-up pass replaced the model object")
+
+
+def _foldable(node: ir.Node) -> bool | None:
+    for value in node.inputs:
+        if value is not None and isinstance(value.const_value, FileTensor):
+            return False
+    return None

@@ -1,0 +1,1 @@
+"""What a user names: one class per task over one template."""

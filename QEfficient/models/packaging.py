@@ -1,0 +1,177 @@
+"""Export directory -> package: completes options, runs the transform queue, lets the target compile, seals it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import OptionError
+from QEfficient.exporter.interface import INTERFACE_FILE, ONNX_FILE, Interface
+from QEfficient.models import keys
+from QEfficient.progress import Progress
+from QEfficient.store.digest import DigestMemo, file_digest
+from QEfficient.store.entry import ENTRY_FILE
+from QEfficient.store.files import copy_file, place_file
+from QEfficient.store.store import ArtifactStore
+from QEfficient.targets.base import CompileRequest, Target
+from QEfficient.targets.manifest import FileRecord, Manifest
+from QEfficient.targets.options import CompileOptions
+from QEfficient.targets.registry import get_target
+from QEfficient.transforms.onnx.base import OnnxTransform
+
+logger = logging.getLogger("QEfficient")
+
+PACKAGES = "packages"
+#: Files of an export that are not copied into a package; weights are placed by the target.
+_EXPORT_ONLY = {ONNX_FILE, INTERFACE_FILE, ENTRY_FILE}
+#: Context length when none is asked for: enough for a short conversation, small enough for any machine.
+DEFAULT_CTX_LEN = 1024
+
+
+def compile_export(
+    store: ArtifactStore,
+    directory: Path,
+    export_key: str,
+    asked: CompileOptions,
+    queue: Sequence[OnnxTransform],
+    report: Progress,
+) -> Path:
+    """Compiles the export in ``directory``, or finds the package in the store.
+
+    Raises:
+        OptionError: the options contradict the model or the target.
+        TransformError, ArtifactWriteError: as their names say.
+    """
+    interface = Interface.load(directory)
+    target = get_target(asked.target)
+    options = target.normalise(complete(asked, interface))
+    ignored = options.cloud_only_set()
+    if target.name == "host" and ignored:
+        logger.warning("recorded, but without effect on the host target: %s", ", ".join(ignored))
+    key = keys.package_key(export_key, [t.identity() for t in queue], options.to_json(), target.toolchain())
+    found = store.get(PACKAGES, key)
+    if found is not None:
+        return found
+    label = f"{interface.facts['name']} ({interface.task}, {target.name})"
+
+    def build(place: Path) -> dict[str, Any]:
+        return _build(place, directory, interface, target, options, queue, key, store.memo, report)
+
+    return store.build(PACKAGES, key, build, label, lambda: report("waiting for another process", 0, 0))
+
+
+def complete(options: CompileOptions, interface: Interface) -> CompileOptions:
+    """Fills in what depends on the model and refuses what contradicts it.
+
+    Raises:
+        OptionError: an option of the other kind of model, a length beyond the model's positions, or a batching mode
+            the graph was not exported for.
+    """
+    name, limit = interface.facts["name"], interface.facts.get("max_positions")
+    if interface.task != "text-generation":
+        for field in ("ctx_len", "prefill_seq_len", "full_batch_size", "kv_cache_batch_size"):
+            if getattr(options, field) is not None:
+                raise OptionError(f"{field} is for causal models: an encoder takes seq_len and batch_size.")
+        lengths = options.seq_len or ((limit,) if limit else None)
+        _within("seq_len", max(lengths) if lengths else None, limit, name)
+        return options.replace(seq_len=lengths)
+    if options.seq_len is not None:
+        raise OptionError("seq_len is for encoders: a causal model takes prefill_seq_len and ctx_len.")
+    indexed = any(spec.name == "batch_index" for spec in interface.inputs)
+    if indexed and options.full_batch_size is None:
+        raise OptionError("this graph was exported for continuous batching: pass full_batch_size.")
+    if not indexed and options.full_batch_size is not None:
+        raise OptionError("full_batch_size needs a graph with batch_index: export with continuous_batching=True.")
+    _within("ctx_len", options.ctx_len, limit, name)
+    default = min(DEFAULT_CTX_LEN, limit or DEFAULT_CTX_LEN)
+    if options.ctx_len is None and options.prefill_seq_len is not None:
+        default = max(default, options.prefill_seq_len)
+        _within("prefill_seq_len", options.prefill_seq_len, limit, name)
+    return options.replace(ctx_len=options.ctx_len or default)
+
+
+def _within(option: str, value: int | None, limit: int | None, name: str) -> None:
+    if value is not None and limit is not None and value > limit:
+        raise OptionError(f"{option}={value} is more than the {limit} positions {name} was made for: lower it.")
+
+
+def _build(
+    place: Path,
+    directory: Path,
+    interface: Interface,
+    target: Target,
+    options: CompileOptions,
+    queue: Sequence[OnnxTransform],
+    key: str,
+    memo: DigestMemo,
+    report: Progress,
+) -> dict[str, Any]:
+    """Writes one package into ``place``; returns what the store wants to know."""
+    manifest = Manifest(
+        target=target.name,
+        task=interface.task,
+        model=interface.facts,
+        program="",
+        inputs=interface.inputs,
+        outputs=interface.outputs,
+        states=interface.states,
+        specializations=target.specializations(options, interface.task),
+        options=options.to_json(),
+        transforms=[],
+        libraries={**keys.library_versions(), **target.toolchain(), "qefficient": keys.__version__},
+        key=key,
+    )
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=place) as scratch:
+        onnx_path, records = _transformed(directory / ONNX_FILE, queue, Path(scratch), report)
+        manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
+    manifest = manifest.replace(transforms=records)
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name not in _EXPORT_ONLY and path.suffix != ".safetensors":
+            copy_file(path, place / path.name)
+    report("digests", 0, 0)
+    # Weights are usually the export's own files under another name: their digests are known by content.
+    known = {_identity(p): memo.digest(p) for p in directory.iterdir() if p.suffix == ".safetensors"}
+    digests = {}
+    for path in sorted(p for p in place.rglob("*") if p.is_file()):
+        digests[path.relative_to(place).as_posix()] = known.get(_identity(path)) or file_digest(path)
+    manifest.replace(files={n: FileRecord((place / n).stat().st_size, d) for n, d in digests.items()}).save(place)
+    return {"digests": digests, "meta": {"target": target.name, "task": interface.task}}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _transformed(
+    onnx_path: Path, queue: Sequence[OnnxTransform], scratch: Path, report: Progress
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Runs the transform queue; returns the graph to compile and the manifest records."""
+    if not queue:
+        return onnx_path, []
+    from QEfficient.onnx_io import load_model, save_model, weight_files
+    from QEfficient.transforms.onnx.queue import run_queue
+
+    workspace, result = scratch / "work", scratch / "transformed"
+    workspace.mkdir()
+    result.mkdir()
+    model = load_model(onnx_path)
+    records = run_queue(model, queue, workspace, report)
+    for location, file in weight_files(model).items():
+        place_file(file, result / location)
+    save_model(model, result / ONNX_FILE)
+    return result / ONNX_FILE, records
+
+
+def write_side_files(
+    place: Path, tokenizer: Sequence[Path], generation_config: dict[str, Any], config: dict[str, Any]
+) -> None:
+    """Puts what a package carries besides program and weights beside an export."""
+    for path in tokenizer:
+        copy_file(path, place / path.name)
+    for name, body in (("generation_config.json", generation_config), ("config.json", config)):
+        (place / name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")

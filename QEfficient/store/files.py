@@ -1,0 +1,172 @@
+"""File primitives of the store: link, copy, make durable, remove, and explain a write that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from QEfficient.errors import ArtifactWriteError
+
+#: ``FICLONE`` of linux/fs.h: share the blocks of another file until one is written (btrfs, xfs).
+FICLONE = 0x40049409
+
+#: EFBIG is the file size limit of the process or the filesystem: to the user it is the same lack of room.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What a filesystem answers when it will not do this, as opposed to failing at it.
+_UNSUPPORTED = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EINVAL, errno.ENOTTY, errno.ENOSYS}
+    | {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.ETXTBSY, errno.EISDIR}
+)
+
+
+def place_file(source: Path, dest: Path) -> str:
+    """Makes ``dest`` hold the bytes of ``source`` as cheaply as it can; returns "link", "reflink" or "copy".
+
+    A hard link goes to the real file behind a symbolic link, so that it stays valid when the symbolic link
+    goes. Neither file may be written in place afterwards: they may be one.
+
+    Raises:
+        FileExistsError: ``dest`` exists; it is never overwritten.
+        OSError: ``source`` cannot be read or ``dest`` cannot be written.
+    """
+    real = os.path.realpath(source)
+    try:
+        os.link(real, dest)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return copy_file(Path(real), dest)
+    return "link"
+
+
+def copy_file(source: Path, dest: Path) -> str:
+    """Copies the bytes of ``source`` into a new, independent ``dest``; returns "reflink" or "copy".
+
+    Raises:
+        FileExistsError: ``dest`` exists; it is never overwritten.
+        OSError: ``source`` cannot be read or ``dest`` cannot be written; no partial ``dest`` is left.
+    """
+    # The reader is raw because its descriptor is read from directly; the writer is buffered because a raw
+    # write may be short without an error.
+    with open(source, "rb", buffering=0) as reader, open(dest, "xb") as writer:
+        try:
+            if _reflink(reader.fileno(), writer.fileno()):
+                return "reflink"
+            _copy_range(reader.fileno(), writer.fileno())
+            # Whatever the kernel's copy did not do (some filesystems refuse it): the plain way.
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+        except BaseException:
+            os.unlink(dest)
+            raise
+    return "copy"
+
+
+def _reflink(reader: int, writer: int) -> bool:
+    try:
+        fcntl.ioctl(writer, FICLONE, reader)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+def _copy_range(reader: int, writer: int) -> None:
+    # A bounded step keeps Ctrl-C responsive on a file of many gigabytes.
+    try:
+        while os.copy_file_range(reader, writer, 1 << 28):
+            pass
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def walk_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yields (path relative to ``directory`` with forward slashes, path) of all but directories.
+
+    Symbolic links are yielded and not followed.
+    """
+    for root, folders, names in os.walk(directory, onerror=_raise):
+        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in sorted([*names, *linked]):
+            path = Path(root, name)
+            yield path.relative_to(directory).as_posix(), path
+
+
+def _raise(error: OSError) -> None:
+    # os.walk would skip an unreadable directory in silence.
+    raise error
+
+
+def sync_tree(directory: Path) -> None:
+    """Asks the kernel to put every file and directory under ``directory`` on disk before it returns."""
+    for _, path in walk_files(directory):
+        _sync(path)
+    for root, _, _ in os.walk(directory, topdown=False):
+        _sync(Path(root))
+
+
+def sync_directory(directory: Path) -> None:
+    """Puts the names in one directory on disk, so that a rename survives a power cut."""
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file, a symbolic link or a directory with all it holds; does nothing if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def lacks_room(error: BaseException | None) -> bool:
+    """Whether an exception, or one it came from, says that the disk, quota or file size limit is used up."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        # Native writers (safetensors, onnxruntime) raise their own types, with the errno only in the text.
+        if isinstance(error, Exception) and os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_error(what: str, path: Path, error: BaseException) -> ArtifactWriteError:
+    """The one-sentence error for ``what`` (a human label) that could not be written to ``path``."""
+    if lacks_room(error):
+        return ArtifactWriteError(
+            f"There is no space left to write {what} to {path}: free some space on that disk "
+            "(`qefficient cache gc` removes old artefacts) or set QEFF_HOME to a directory on a larger one."
+        )
+    reason = getattr(error, "strerror", None) or str(error)
+    return ArtifactWriteError(
+        f"{what} cannot be written to {path} ({reason}): make it writable or set QEFF_HOME to a directory that is."
+    )
+
+
+@contextlib.contextmanager
+def write_errors(what: str, path: Path) -> Iterator[None]:
+    """Turns an OSError of the body into the one-sentence ``ArtifactWriteError``."""
+    try:
+        yield
+    except ArtifactWriteError:
+        raise
+    except OSError as error:
+        raise write_error(what, path, error) from error

@@ -1,0 +1,1 @@
+"""ONNX -> package -> session; one file per target."""

@@ -1,0 +1,85 @@
+"""The Target and Session protocols: what turns ONNX into a package and a package into something that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from QEfficient.targets.manifest import Manifest, Specialization
+from QEfficient.targets.options import CompileOptions
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can compile and run on this machine, and if not, what is missing and how to get it."""
+
+    target: str
+    can_compile: bool
+    can_run: bool
+    detail: str
+    missing: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A loaded package. Owns one set of retained state (KV cache and the like); not safe for concurrent calls."""
+
+    manifest: Manifest
+
+    def begin(self, symbols: Mapping[str, int]) -> None:
+        """Prepares retained state for these values of the symbolic dimensions (e.g. ``batch_size``, ``ctx_len``).
+
+        A row's state counts as empty until it is fed a token at position 0; nothing needs clearing between requests.
+        """
+
+    def run(self, feeds: Mapping[str, np.ndarray], specialization: str) -> dict[str, np.ndarray]:
+        """Runs one step and returns the outputs that are not retained state.
+
+        Returned arrays may be views of buffers that the next call overwrites.
+
+        Raises:
+            InputError: a name, dtype or rank differs from the manifest.
+            ShapeError: the shapes do not fit the specialization.
+        """
+
+    def close(self) -> None:
+        """Frees the session's memory; the session cannot be used afterwards."""
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What a target needs to write a package into ``directory``."""
+
+    onnx_path: Path
+    directory: Path
+    manifest: Manifest
+    options: CompileOptions
+    progress: Callable[[str, int, int], None]
+
+
+class Target(Protocol):
+    """One place a package can run. A target is one file and is registered by name in ``targets/registry.py``."""
+
+    name: str
+
+    def check(self) -> Availability:
+        """Says what this target can do here; starts nothing expensive."""
+
+    def normalise(self, options: CompileOptions) -> CompileOptions:
+        """Fills in this target's defaults so that equal meanings have equal cache keys; raises OptionError."""
+
+    def specializations(self, options: CompileOptions, task: str) -> tuple[Specialization, ...]:
+        """The named shape sets a package compiled with these options accepts."""
+
+    def toolchain(self) -> dict[str, str]:
+        """Versions of the libraries or SDKs that shape the artefact; part of the cache key."""
+
+    def compile(self, request: CompileRequest) -> Manifest:
+        """Writes the program and its weights into ``request.directory`` and returns the completed manifest."""
+
+    def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> Session:
+        """Opens a verified package."""

@@ -1,0 +1,92 @@
+"""The host target: ONNX Runtime on this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import onnxruntime as ort
+
+from QEfficient.errors import OptionError, PackageError
+from QEfficient.targets.base import Availability, CompileRequest
+from QEfficient.targets.host_session import HostSession
+from QEfficient.targets.manifest import DimRange, Manifest, Specialization
+from QEfficient.targets.options import CompileOptions
+
+PROGRAM_FILE = "program.onnx"
+WEIGHTS_DIR = "weights"
+
+#: Prompt tokens per step when nothing is asked for: enough rows for the matrix kernels to reach their speed.
+DEFAULT_PREFILL = 128
+
+
+class HostTarget:
+    """Compiles to an ONNX file plus weights that ONNX Runtime maps into memory."""
+
+    name = "host"
+
+    def check(self) -> Availability:
+        cores = available_cores()
+        detail = f"ONNX Runtime {ort.__version__} on {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+        return Availability(self.name, can_compile=True, can_run=True, detail=detail)
+
+    def toolchain(self) -> dict[str, str]:
+        return {"onnxruntime": ort.__version__}
+
+    def normalise(self, options: CompileOptions) -> CompileOptions:
+        options = options.replace(target=self.name)
+        if options.ctx_len is None:
+            return options
+        prefill = options.prefill_seq_len or min(DEFAULT_PREFILL, options.ctx_len)
+        return options.replace(prefill_seq_len=prefill)
+
+    def specializations(self, options: CompileOptions, task: str) -> tuple[Specialization, ...]:
+        """The host runs any shape inside a bound: nothing is padded to a compiled size."""
+        if task != "text-generation":
+            batch = DimRange(1, options.batch_size)
+            return tuple(
+                Specialization(f"seq_len_{length}", {"batch_size": batch, "seq_len": DimRange(1, length)})
+                for length in options.seq_len or ()
+            )
+        if options.ctx_len is None or options.prefill_seq_len is None:
+            raise OptionError("a causal package needs ctx_len and prefill_seq_len.")
+        shared = {"ctx_len": DimRange.exactly(options.ctx_len)}
+        rows = DimRange(1, options.batch_size)
+        if options.full_batch_size is not None:
+            shared["full_batch_size"] = DimRange.exactly(options.kv_cache_batch_size or options.full_batch_size)
+            rows = DimRange(1, options.full_batch_size)
+        prefill = {"batch_size": rows, "seq_len": DimRange(1, options.prefill_seq_len), **shared}
+        decode = {"batch_size": rows, "seq_len": DimRange.exactly(1), **shared}
+        return Specialization("Prefill", prefill), Specialization("Decode", decode)
+
+    def compile(self, request: CompileRequest) -> Manifest:
+        """Writes ``program.onnx`` and ``weights/``; marks the states that can be updated in their own buffer."""
+        from QEfficient.onnx_io import file_tensors, load_model, save_model
+        from QEfficient.store.files import place_file
+        from QEfficient.targets.host_program import in_place_states
+
+        model = load_model(request.onnx_path)
+        tensors = file_tensors(model)
+        files = {tensor.location: tensor.file for tensor in tensors.values()}
+        if files:
+            (request.directory / WEIGHTS_DIR).mkdir()
+        for number, (location, file) in enumerate(files.items()):
+            request.progress("placing weights", number, len(files))
+            place_file(file, request.directory / WEIGHTS_DIR / Path(location).name)
+        request.progress("placing weights", len(files), len(files))
+        for tensor in tensors.values():
+            tensor.location = f"{WEIGHTS_DIR}/{Path(tensor.location).name}"
+        save_model(model, request.directory / PROGRAM_FILE)
+        aliased = in_place_states(model, request.manifest.states)
+        return request.manifest.replace(program=PROGRAM_FILE, states=aliased)
+
+    def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> HostSession:
+        if manifest.target != self.name:
+            raise PackageError(f"{directory} was compiled for {manifest.target!r}, not for this target.")
+        return HostSession(directory, manifest, threads or available_cores())
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

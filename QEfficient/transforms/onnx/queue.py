@@ -1,0 +1,178 @@
+"""The transform queue: resolves what a user names into transforms and runs them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+from blake3 import blake3
+
+from QEfficient.errors import OptionError, TransformError
+from QEfficient.suggest import did_you_mean
+from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
+from QEfficient.transforms.onnx.fp16_clip import FP16Clip
+from QEfficient.transforms.onnx.split_weights import SplitWeights
+
+#: What a user may pass for a transform: its name, "name:parameter=value,…", "file.py:Class", a class or an instance.
+TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
+
+BUILT_IN: dict[str, type[OnnxTransform]] = {t.name: t for t in (FP16Clip, SplitWeights)}
+
+
+class CustomTransform(OnnxTransform):
+    """Wraps a user's own transform so that its code, too, is part of the cache key.
+
+    Takes an `OnnxTransform` subclass or instance, or any callable ``f(model: onnx_ir.Model)`` that changes the model
+    in place.
+    """
+
+    name: ClassVar[str] = "CustomTransform"
+
+    def __init__(self, wrapped: OnnxTransform | Callable[[ir.Model], Any], label: str, source: str) -> None:
+        self.wrapped, self.label = wrapped, label
+        self.digest = blake3(source.encode()).hexdigest()[:32]
+
+    def parameters(self) -> dict[str, Any]:
+        own = self.wrapped.identity() if isinstance(self.wrapped, OnnxTransform) else {}
+        return {"label": self.label, "source_digest": self.digest, **({"wrapped": own} if own else {})}
+
+    def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
+        if isinstance(self.wrapped, OnnxTransform):
+            return self.wrapped.apply(model, workspace)
+        self.wrapped(model)
+        return TransformResult(modified=True)
+
+
+def resolve(transforms: Sequence[TransformLike]) -> list[OnnxTransform]:
+    """Turns what the user wrote into transforms.
+
+    Raises:
+        OptionError: an unknown name or parameter, with the nearest known one.
+        TransformError: a custom transform cannot be loaded.
+    """
+    if isinstance(transforms, str) or not isinstance(transforms, Sequence):
+        raise OptionError(f"transforms must be a list of names, classes or 'file.py:Class', got {transforms!r}.")
+    return [_resolve(item) for item in transforms]
+
+
+def run_queue(
+    model: ir.Model,
+    transforms: Sequence[OnnxTransform],
+    workspace: Path,
+    progress: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    """Applies the transforms in order; returns one manifest record each.
+
+    Raises:
+        TransformError: a transform failed, or left a graph whose inputs or outputs differ.
+    """
+    records = []
+    before = _signature(model)
+    for number, transform in enumerate(transforms):
+        progress(transform.name, number, len(transforms))
+        result = transform.apply(model, workspace)
+        if not isinstance(result, TransformResult):
+            raise TransformError(
+                f"{transform.name}.apply() must return a TransformResult, got {type(result).__name__}."
+            )
+        if _signature(model) != before:
+            raise TransformError(f"{transform.name} changed the names of the graph's inputs or outputs: not allowed.")
+        records.append({**transform.identity(), "modified": result.modified, "facts": result.facts})
+    return records
+
+
+def _signature(model: ir.Model) -> tuple[list[str | None], list[str | None]]:
+    return [v.name for v in model.graph.inputs], [v.name for v in model.graph.outputs]
+
+
+def _resolve(item: TransformLike) -> OnnxTransform:
+    if isinstance(item, OnnxTransform):
+        return item if type(item).name in BUILT_IN and type(item) is BUILT_IN[type(item).name] else _custom(item)
+    if isinstance(item, type):
+        if item in BUILT_IN.values():
+            return item()
+        return _custom(_instantiate(item, str(item.__qualname__)))
+    if callable(item):
+        return _custom(item)
+    if not isinstance(item, str):
+        raise OptionError(f"a transform is a name, a class or 'file.py:Class', got {item!r}.")
+    head, _, tail = item.partition(":")
+    if head.endswith(".py"):
+        return _from_file(Path(head), tail)
+    if head not in BUILT_IN:
+        raise OptionError(
+            f"there is no transform {head!r}; built in: {sorted(BUILT_IN)}, your own as 'file.py:Class'."
+            f"{did_you_mean(head, BUILT_IN)}"
+        )
+    return _with_parameters(BUILT_IN[head], tail)
+
+
+def _with_parameters(cls: type[OnnxTransform], text: str) -> OnnxTransform:
+    """``SplitWeights:max_shard_size=500MB`` -> the transform."""
+    if not text:
+        return cls()
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        key, separator, value = part.partition("=")
+        if not separator or key not in known:
+            raise OptionError(
+                f"{cls.name} takes {sorted(known)} as parameter=value, got {part!r}.{did_you_mean(key, known)}"
+            )
+        values[key] = _number(value) if "str" not in str(known[key].type) else value
+    return cls(**values)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"{text!r} is not a number.") from None
+
+
+def _custom(item: Any) -> CustomTransform:
+    cls = item if inspect.isfunction(item) else type(item)
+    label = getattr(cls, "__qualname__", type(item).__qualname__)
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        raise TransformError(
+            f"the source of {label} cannot be read, so its results could not be cached safely: put it in a file and "
+            "pass 'file.py:Class'."
+        ) from None
+    return CustomTransform(item, label, source)
+
+
+def _from_file(path: Path, name: str) -> CustomTransform:
+    if not path.is_file():
+        raise TransformError(f"the transform file {path} does not exist.")
+    if not name:
+        raise OptionError(f"name the class or function in {path.name}: '{path}:Class'.")
+    source = path.read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"qefficient_custom_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TransformError(f"{path} cannot be loaded as Python.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TransformError(f"{path} failed while loading: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise TransformError(f"{path} has no {name!r}.{did_you_mean(name, names)}")
+    found = getattr(module, name)
+    return CustomTransform(_instantiate(found, name) if isinstance(found, type) else found, name, source)
+
+
+def _instantiate(cls: type, name: str) -> OnnxTransform | Callable[[ir.Model], Any]:
+    if not issubclass(cls, OnnxTransform):
+        raise TransformError(f"{name} must derive from QEfficient.transforms.onnx.base.OnnxTransform.")
+    try:
+        return cls()
+    except TypeError as error:
+        raise TransformError(f"{name} needs arguments: pass an instance instead ({error}).") from None
