@@ -47,7 +47,3 @@ class ArtifactWriteError(QEfficientError, OSError):
 
 class TargetUnavailableError(QEfficientError):
     """The target cannot run or compile here; the message says what to install."""
-
-
-class ParityError(QEfficientError):
-    """Hugging Face, transformed torch, ONNX and package do not agree."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,13 +54,15 @@ def read_header(path: Path) -> WeightMap:
             header = json.loads(file.read(length))
     except (ValueError, UnicodeDecodeError):
         raise ModelLoadError(f"{bad}: its header is not JSON; download or save the checkpoint again.") from None
+    if not isinstance(header, dict):
+        raise ModelLoadError(f"{bad}: its header is not a JSON object; download or save the checkpoint again.")
     refs: WeightMap = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = entry["data_offsets"]
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = map(operator.index, entry["data_offsets"])
+            dtype, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
         except (KeyError, TypeError, ValueError):
             raise ModelLoadError(f"{bad}: the entry of tensor {name!r} is malformed.") from None
         if dtype in ITEM_SIZES and math.prod(shape) * ITEM_SIZES[dtype] != end - begin:

@@ -118,10 +118,12 @@ class TokenLoop:
             slots = self._open(len(pending))
             active: list[Request | None] = [None] * slots
             sampler = Sampler(settings, slots, [np.zeros(0, np.int64)] * slots)
+            started = False
             while True:
                 if pending and (self.indexed or not any(active)):
-                    if not self.indexed and len(pending) < slots:
+                    if started and not self.indexed and len(pending) < slots:
                         break  # the last, smaller group gets a batch of its own size
+                    started = True
                     self._admit(pending, active, sampler, timings, on_token)
                 if not any(active):
                     if pending:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from QEfficient.engine.tokenizer import PackageTokenizer
-from QEfficient.errors import PackageError
+from QEfficient.errors import OptionError, PackageError
 from QEfficient.store.digest import file_digest
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
@@ -20,6 +20,15 @@ RUNNERS = {
     "feature-extraction": "QEfficient.engine.encoder:CompiledEncoder",
     "text-classification": "QEfficient.engine.encoder:CompiledClassifier",
 }
+#: Files that running a package reads beside its program. One the manifest does not list was put there by somebody.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
 
 
 class LoadedPackage:
@@ -68,13 +77,23 @@ def open_package(directory: str | Path, *, verify: bool = True, threads: int | N
 
     Raises:
         PackageError: not a package, of a newer format, incomplete, changed, or for a target that is not here.
+        OptionError: ``threads`` is not a positive number.
     """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise OptionError(f"threads must be an integer of at least 1, or None for every core, got {threads!r}.")
     place = Path(directory).expanduser()
     manifest = Manifest.load(place)
     verify_files(place, manifest, digests=verify)
     if manifest.task not in RUNNERS:
         raise PackageError(f"{place} does {manifest.task!r}, which this version cannot run: upgrade QEfficient.")
-    session = get_target(manifest.target).load(place, manifest, threads=threads)
+    try:
+        target = get_target(manifest.target)
+    except OptionError:
+        raise PackageError(
+            f"{place} was compiled for the target {manifest.target!r}, which this version does not have: upgrade "
+            "QEfficient or compile the package for another target."
+        ) from None
+    session = target.load(place, manifest, threads=threads)
     module, _, name = RUNNERS[manifest.task].partition(":")
     runner: LoadedPackage = getattr(importlib.import_module(module), name)(place, manifest, session)
     return runner
@@ -98,3 +117,6 @@ def verify_files(directory: Path, manifest: Manifest, *, digests: bool = True) -
             raise PackageError(f"{path} is {path.stat().st_size} bytes, not {record.size}: the package is corrupt.")
         if digests and file_digest(path) != record.blake3:
             raise PackageError(f"{path} was changed after it was compiled: refused (compile the package again).")
+    for name in SIDE_FILES:
+        if name not in manifest.files and (directory / name).exists():
+            raise PackageError(f"{directory / name} was added after the package was compiled: refused (remove it).")

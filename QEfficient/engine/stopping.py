@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
@@ -102,6 +103,8 @@ class Stopping:
             self._end(np.asarray(hits), FinishReason.STOP_STRING)
         for criterion in self._criteria:
             ids = sequences if self._to_user is None else self._to_user(sequences)
+            if isinstance(ids, np.ndarray) and _takes_torch(criterion):
+                ids = sys.modules["torch"].from_numpy(sequences.copy())
             self._end(_per_row(criterion(ids, None), rows), FinishReason.CRITERIA)
         if self._limit is not None:
             self._end(sequences.shape[1] - self._prompt_length >= self._limit, FinishReason.LENGTH)
@@ -169,6 +172,11 @@ def _as_list(criteria: Criterion | Sequence[Criterion] | None) -> list[Criterion
                 "pass a function or a list of them."
             )
     return found
+
+
+def _takes_torch(criterion: Criterion) -> bool:
+    """Whether a criterion is one of transformers' classes or derives from one: those work on torch tensors only."""
+    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(criterion).__mro__)
 
 
 def _per_row(answer: Any, rows: int) -> np.ndarray:

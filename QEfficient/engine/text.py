@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import Criterion, Stopping
 from QEfficient.engine.streaming import ConsoleStreamer, StreamerAdapter
 from QEfficient.engine.tokenizer import TextTokenizer, as_tokenizer
-from QEfficient.errors import ContextLengthError, InputError, OptionError
+from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
 
@@ -31,10 +31,7 @@ class CompiledCausalLM(LoadedPackage):
     def __init__(self, directory: Path, manifest: Manifest, session: Session) -> None:
         super().__init__(directory, manifest, session)
         self._loop = TokenLoop(session)
-        path = directory / "generation_config.json"
-        self.generation_defaults: dict[str, Any] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        )
+        self.generation_defaults = _read_defaults(directory / "generation_config.json")
         #: Metrics of the last call, for the form that returns ids only.
         self.last_metrics: GenerationMetrics | None = None
 
@@ -187,6 +184,8 @@ class CompiledCausalLM(LoadedPackage):
         self, tokenizer: TextTokenizer, prompts: str | Sequence[str] | None, messages: Sequence[Any] | None
     ) -> list[np.ndarray]:
         if messages is not None:
+            if not isinstance(messages, list | tuple):
+                raise InputError(f"messages must be a list of messages, got {type(messages).__name__}: pass a list.")
             if not messages:
                 raise InputError("messages is empty: pass at least one message.")
             conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
@@ -194,7 +193,9 @@ class CompiledCausalLM(LoadedPackage):
             # The template writes the special tokens itself.
             encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         else:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+            if not isinstance(prompts, str | Iterable):
+                raise InputError(f"prompts must be strings, got {type(prompts).__name__}: pass a string or a list.")
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
             if not texts:
                 raise InputError("prompts is empty: pass at least one prompt.")
             for number, text in enumerate(texts):
@@ -229,6 +230,18 @@ class CompiledCausalLM(LoadedPackage):
                     f"row {number} holds token id {row.min() if row.min() < 0 else row.max()}, outside the model's "
                     f"vocabulary of {vocabulary}: was it made by another model's tokenizer?"
                 )
+
+
+def _read_defaults(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise PackageError(f"{path} is not a JSON object: the package is corrupt, compile it again.")
+    return body
 
 
 def _metrics(requests: list[Request], timings: Timings) -> GenerationMetrics:

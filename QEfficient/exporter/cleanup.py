@@ -17,6 +17,16 @@ def clean_up(model: ir.Model) -> None:
     Folding never reads a weight that lives in a file, so Transpose or Cast of a weight stay for the target to decide,
     and equal weights stay separate tensors under their own names.
     """
+    try:
+        _run(model)
+    except ir.passes.PassError as error:
+        bottom: BaseException = error
+        while bottom.__cause__ is not None:
+            bottom = bottom.__cause__
+        raise ExportError(f"cleaning up the exported graph failed: {bottom}") from error
+
+
+def _run(model: ir.Model) -> None:
     ir.passes.Sequential(passes.InlinePass())(model)
     for _ in range(2):
         fold_constants(model, should_fold=_foldable)

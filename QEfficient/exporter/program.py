@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from QEfficient.errors import ExportError
+from QEfficient.errors import ExportError, QEfficientError
 from QEfficient.exporter.attach import attach
 from QEfficient.exporter.cleanup import clean_up
 from QEfficient.exporter.interface import ONNX_FILE, Interface
@@ -23,7 +23,7 @@ from QEfficient.store.files import place_file
 from QEfficient.targets.manifest import StateSpec, TensorSpec
 from QEfficient.transforms.pytorch.patching import patched, use_our_attention
 from QEfficient.transforms.pytorch.pooling import Pool
-from QEfficient.transforms.pytorch.state import StateTensor, probe
+from QEfficient.transforms.pytorch.state import StateLayout, StateTensor, probe
 from QEfficient.transforms.pytorch.wrappers import CausalStep, Encoder
 
 #: Sizes used while tracing; all become symbols. Above 1, because torch specialises 0 and 1, and pairwise different.
@@ -41,7 +41,7 @@ def export_causal(ghost: PreTrainedModel, weights: WeightMap, directory: Path, *
         UnsupportedModelError: the model keeps no cache or has no head.
         ExportError: tracing failed or weights do not fit the model.
     """
-    layout = probe(meta_twin(ghost))
+    layout = probe_layout(ghost)
     use_our_attention(ghost)
     step = CausalStep(ghost, layout).eval()
     rows = _ROWS if batch_index else _BATCH
@@ -85,6 +85,23 @@ def export_causal(ghost: PreTrainedModel, weights: WeightMap, directory: Path, *
     inputs = tuple(TensorSpec(n, "int64", tuple(d for d in dims[n] if d is not None)) for n in own)
     interface = Interface("text-generation", inputs, (), states, model_facts(ghost))
     return _finish(model, ghost, weights, directory, interface, dims)
+
+
+def probe_layout(ghost: PreTrainedModel) -> StateLayout:
+    """The states of a model, read off a run without weights (`probe`).
+
+    Raises:
+        UnsupportedModelError: the model keeps no cache.
+        ExportError: it cannot run without weights, for example because its control flow depends on values.
+    """
+    try:
+        return probe(meta_twin(ghost))
+    # A model's own code runs here; these are what torch and Python raise for one that needs real values.
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError) as error:
+        if isinstance(error, QEfficientError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"{type(ghost).__name__} cannot be probed for its state: {reason[:300]}") from error
 
 
 def export_encoder(

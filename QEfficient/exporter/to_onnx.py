@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -14,6 +13,8 @@ from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters import utils as exporter_utils
 
 from QEfficient.errors import ExportError
+from QEfficient.exporter.experts import grouped_products
+from QEfficient.exporter.quiet import quiet
 from QEfficient.exporter.translations import translations
 
 #: Attention exists from 23 on; 24 would keep torch from fusing nothing we use, but has no advantage yet.
@@ -39,11 +40,12 @@ def to_onnx(
     if exporter_dynamo is None:  # imported for its side effect: it registers the patches applied below
         raise RuntimeError("transformers' dynamo exporter is missing")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(patches())
         stack.enter_context(exporter_utils.apply_patches("onnx"))
         stack.enter_context(exporter_utils.apply_patches("dynamo"))
+        theirs = exporter_onnx._ONNX_TRANSLATION_TABLE
         try:
             exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
             exporter_utils.apply_fx_node_fixes("onnx", exported.graph_module)
@@ -52,7 +54,7 @@ def to_onnx(
                 args=(),
                 input_names=list(input_names),
                 output_names=list(output_names),
-                custom_translation_table={**exporter_onnx._ONNX_TRANSLATION_TABLE, **translations()},
+                custom_translation_table={**theirs, **grouped_products(theirs), **translations()},
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
@@ -67,23 +69,13 @@ def to_onnx(
 
 
 def _explain(module: torch.nn.Module, error: BaseException) -> str:
+    """One sentence: the model, the operator where it is known, and what lay at the bottom of the chain of errors."""
     inner = type(getattr(module, "model", module)).__name__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return f"{inner} could not be exported to ONNX: {reason[:300]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters log progress and harmless signature warnings; a user's terminal is not the place."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    where, bottom = "", error
+    while bottom.__cause__ is not None:
+        bottom = bottom.__cause__
+        if (found := re.search(r"target=(torch\.ops\.[\w.]+)", str(bottom))) is not None:
+            where = f" at {found[1]}"
+    lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
+    reason = lines[0][:300] if lines else type(bottom).__name__
+    return f"{inner} could not be exported to ONNX{where}: {reason}"

@@ -199,6 +199,16 @@ class QEFFAutoModelForSequenceClassification(_Encoder):
     task = "text-classification"
     factory = "AutoModelForSequenceClassification"
 
+    def __init__(self, model: PreTrainedModel | ModelSource, *, cache_home_dir: str | Path | None = None) -> None:
+        super().__init__(model, cache_home_dir=cache_home_dir)
+        if isinstance(model, ModelSource):
+            return
+        if getattr(model, "base_model", None) is model or model.get_output_embeddings() is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no classification head: fine-tune one first, or use QEFFAutoModel for "
+                "embeddings."
+            )
+
     @classmethod
     def from_pretrained(
         cls,

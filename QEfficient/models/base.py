@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from QEfficient.errors import ModelLoadError, OptionError
+from QEfficient.errors import ModelLoadError, OptionError, TargetUnavailableError
 from QEfficient.exporter.interface import Interface
+from QEfficient.exporter.quiet import quiet
 from QEfficient.models import keys
 from QEfficient.models.hub import resolve as resolve_checkpoint
-from QEfficient.models.packaging import compile_export, write_side_files
+from QEfficient.models.packaging import compile_export, refuse_early, write_side_files
 from QEfficient.models.source import CheckpointSource, MemorySource, ModelSource
 from QEfficient.progress import Progress, bar
 from QEfficient.store.copy import copy_tree
@@ -106,6 +108,7 @@ class QEFFTransformersBase(QEFFBaseModel):
         Construct the class from the changed model instead.
         """
         if self._model is None:
+            require_export_libraries()
             self._model = self._source.load(self.factory)
         return self._model
 
@@ -160,6 +163,8 @@ class QEFFTransformersBase(QEFFBaseModel):
             UnsupportedModelError, ExportError: the model does not fit, or cannot be expressed in ONNX.
             ArtifactWriteError: the disk is full or not writable.
         """
+        if export_dir is not None:
+            check_destination(Path(export_dir))
         with bar(f"exporting {self.model_name}", progress) as report:
             _, directory = self._export(self._variant(None), report)
         if export_dir is not None:
@@ -181,9 +186,10 @@ class QEFFTransformersBase(QEFFBaseModel):
             return key, found
 
         def build(directory: Path) -> dict[str, Any]:
+            require_export_libraries()
             report("building the model without weights", 1, 4)
-            ghost = self._source.ghost(self.factory)
-            with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch:
+            with quiet(), tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch:
+                ghost = self._source.ghost(self.factory)
                 report("locating weights", 2, 4)
                 weights = self._source.weights(ghost, Path(scratch))
                 report("tracing", 3, 4)
@@ -239,6 +245,10 @@ class QEFFTransformersBase(QEFFBaseModel):
         asked = CompileOptions.from_kwargs(**options)
         get_target(asked.target)
         queue = resolve_transforms(transforms)
+        if compile_dir is not None:
+            check_destination(Path(compile_dir))
+        if onnx_path is None:
+            refuse_early(asked, self.task, self._variant(asked), self._source.raw_config(), self.model_name)
         with bar(f"compiling {self.model_name}", progress) as report:
             if onnx_path is None:
                 export_key, directory = self._export(self._variant(asked), report)
@@ -279,6 +289,7 @@ class QEFFTransformersBase(QEFFBaseModel):
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Copies the compiled package to a directory of its own, which `QEfficient.load` runs anywhere."""
+        check_destination(Path(save_directory))
         if self._package is None:
             self.compile()
         return copy_entry(self._package, Path(save_directory))  # type: ignore[arg-type]
@@ -291,16 +302,25 @@ class QEFFTransformersBase(QEFFBaseModel):
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError:
+            raise ModelLoadError(f"{repo_id!r} is not a valid hub id: pass one such as 'org/name'.") from None
 
         with tempfile.TemporaryDirectory() as scratch:
             package = self.save_pretrained(Path(scratch) / "package")
+            # The hub's client library lets its transport's errors (no route, time-out) through as they are.
+            transport: type[BaseException] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
             try:
                 api = HfApi(token=token)
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 return str(api.upload_folder(repo_id=repo_id, folder_path=package))
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
+            except (HfHubHTTPError, HFValidationError, OSError, transport) as error:
                 raise ModelLoadError(
-                    f"the package could not be pushed to {repo_id}: {type(error).__name__}."
+                    f"the package could not be pushed to {repo_id} ({type(error).__name__}): check the connection and "
+                    "the token, or copy the package with save_pretrained()."
                 ) from error
 
 
@@ -312,6 +332,16 @@ def _memory_source(model: Any, cls: type) -> MemorySource:
                 f"{cls.__name__}.from_pretrained(...)."
             )
     return MemorySource(model)
+
+
+def require_export_libraries() -> None:
+    """TargetUnavailableError with the command to run, when what exporting needs is not installed."""
+    missing = [name for name in keys.EXPORT_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TargetUnavailableError(
+            f"loading and exporting a model needs {', '.join(missing)}: pip install 'qefficient[export]' "
+            "(a finished package runs without)."
+        )
 
 
 def given_export(onnx_path: Path) -> tuple[str, Path]:
@@ -335,7 +365,12 @@ def copy_entry(entry: Path, destination: Path) -> Path:
     Raises:
         OptionError: the destination exists and is not empty.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise OptionError(f"{destination} exists and is not empty: choose a new directory.")
+    check_destination(destination)
     copy_tree(entry, destination)
     return destination
+
+
+def check_destination(destination: Path) -> None:
+    """OptionError when a copy cannot go there, which is worth knowing before the work and not after it."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OptionError(f"{destination} exists and is not empty: choose a new directory.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from QEfficient.errors import ModelLoadError, UnsupportedModelError
 
@@ -50,6 +51,22 @@ def translate_load_errors(name: str) -> Iterator[None]:
     """Turns what transformers raises for unreadable or unknown models into a ModelLoadError."""
     try:
         yield
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ModelLoadError(f"{name} has a config.json that transformers refuses: {reason[:300]}") from error
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelLoadError(f"transformers cannot load {name}: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Turns transformers' own progress bars off for the body; they would also be drawn into files and pipes."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -82,12 +82,17 @@ def callable_identity(function: Callable[..., Any]) -> str:
     """A digest of a user's function: its source text.
 
     Raises:
-        OptionError: the source cannot be read, or the function closes over values the digest could not see.
+        OptionError: the source cannot be read, or the function holds values the digest could not see.
     """
-    if not inspect.isfunction(function) or function.__closure__:
+    if (
+        not inspect.isfunction(function)
+        or function.__closure__
+        or function.__defaults__
+        or any(default is not None for default in (function.__kwdefaults__ or {}).values())
+    ):
         raise OptionError(
-            "a callable for pooling must be a plain function without captured variables: only then can the cache tell "
-            "two of them apart."
+            "a callable for pooling must be a plain function without captured variables or default arguments: only "
+            "then can the cache tell two of them apart."
         )
     try:
         source = inspect.getsource(function)
@@ -96,4 +101,8 @@ def callable_identity(function: Callable[..., Any]) -> str:
             "the source of the pooling function cannot be read: define it in a file, so that the cache can tell two "
             "functions apart."
         ) from None
-    return f"{function.__qualname__}:{blake3(source.encode()).hexdigest()[:32]}"
+    # The instructions as well: two lambdas on one line have one source.
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if isinstance(constant, int | float | str | None)]
+    parts = (source, code.co_code.hex(), code.co_names, constants)
+    return f"{function.__qualname__}:{blake3(repr(parts).encode()).hexdigest()[:32]}"

@@ -72,18 +72,13 @@ def complete(options: CompileOptions, interface: Interface) -> CompileOptions:
             the graph was not exported for.
     """
     name, limit = interface.facts["name"], interface.facts.get("max_positions")
+    _check_kind(options, interface.task)
     if interface.task != "text-generation":
-        for field in ("ctx_len", "prefill_seq_len", "full_batch_size", "kv_cache_batch_size"):
-            if getattr(options, field) is not None:
-                raise OptionError(f"{field} is for causal models: an encoder takes seq_len and batch_size.")
         lengths = options.seq_len or ((limit,) if limit else None)
         _within("seq_len", max(lengths) if lengths else None, limit, name)
         return options.replace(seq_len=lengths)
-    if options.seq_len is not None:
-        raise OptionError("seq_len is for encoders: a causal model takes prefill_seq_len and ctx_len.")
     indexed = any(spec.name == "batch_index" for spec in interface.inputs)
-    if indexed and options.full_batch_size is None:
-        raise OptionError("this graph was exported for continuous batching: pass full_batch_size.")
+    _check_slots(options, indexed)
     if not indexed and options.full_batch_size is not None:
         raise OptionError("full_batch_size needs a graph with batch_index: export with continuous_batching=True.")
     _within("ctx_len", options.ctx_len, limit, name)
@@ -92,6 +87,41 @@ def complete(options: CompileOptions, interface: Interface) -> CompileOptions:
         default = max(default, options.prefill_seq_len)
         _within("prefill_seq_len", options.prefill_seq_len, limit, name)
     return options.replace(ctx_len=options.ctx_len or default)
+
+
+def refuse_early(
+    options: CompileOptions, task: str, variant: dict[str, Any], config: dict[str, Any], name: str
+) -> None:
+    """What `complete` would refuse after the export, where a checkpoint's config.json already tells.
+
+    Raises:
+        OptionError: as `complete`.
+    """
+    _check_kind(options, task)
+    if task == "text-generation":
+        _check_slots(options, bool(variant.get("batch_index")))
+    own = config.get("text_config") or config
+    limit = next((own[key] for key in ("max_position_embeddings", "n_positions", "max_seq_len") if key in own), None)
+    # A config class may read these otherwise; the export knows exactly and `complete` asks it.
+    if isinstance(limit, int) and limit > 0:
+        for field in ("ctx_len", "prefill_seq_len"):
+            _within(field, getattr(options, field), limit, name)
+        _within("seq_len", max(options.seq_len) if options.seq_len else None, limit, name)
+
+
+def _check_kind(options: CompileOptions, task: str) -> None:
+    if task == "text-generation":
+        if options.seq_len is not None:
+            raise OptionError("seq_len is for encoders: a causal model takes prefill_seq_len and ctx_len.")
+        return
+    for field in ("ctx_len", "prefill_seq_len", "full_batch_size", "kv_cache_batch_size"):
+        if getattr(options, field) is not None:
+            raise OptionError(f"{field} is for causal models: an encoder takes seq_len and batch_size.")
+
+
+def _check_slots(options: CompileOptions, indexed: bool) -> None:
+    if indexed and options.full_batch_size is None:
+        raise OptionError("this graph was exported for continuous batching: pass full_batch_size.")
 
 
 def _within(option: str, value: int | None, limit: int | None, name: str) -> None:

@@ -83,14 +83,17 @@ class CheckpointSource(ModelSource):
     def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
         self.directory, self.name, self.trust_remote_code = directory, name, trust_remote_code
         self._config = _read_json(directory / "config.json")
-        if "quantization_config" in self._config:
+        quantization = self._config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise ModelLoadError(
-                f"{name} is quantized ({self._config['quantization_config'].get('quant_method', 'unknown method')}), "
-                "which this version cannot export: use the 16- or 32-bit checkpoint."
+                f"{name} is quantized ({method or 'unknown method'}), which this version cannot export: use "
+                "the 16- or 32-bit checkpoint."
             )
         if "auto_map" in self._config and not trust_remote_code and not self._config.get("model_type"):
             raise ModelLoadError(f"{name} needs its own Python code: pass trust_remote_code=True if you trust it.")
-        checkpoint_files(directory)
+        # Only headers: a file that is cut off should not cost the time to hash it first.
+        checkpoint_weights(directory)
 
     def raw_config(self) -> dict[str, Any]:
         return self._config
@@ -139,9 +142,10 @@ class CheckpointSource(ModelSource):
         import torch
         from transformers import AutoConfig
 
-        from QEfficient.models.factories import auto_class, translate_load_errors
+        from QEfficient.exporter.quiet import quiet
+        from QEfficient.models.factories import auto_class, no_loading_bars, translate_load_errors
 
-        with translate_load_errors(self.name):
+        with quiet(), no_loading_bars(), translate_load_errors(self.name):
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
             model = auto_class(factory, config, self.name).from_pretrained(
                 self.directory, dtype=torch.float32, trust_remote_code=self.trust_remote_code

@@ -18,6 +18,8 @@ logger = logging.getLogger("QEfficient.store")
 
 #: Files up to this many bytes are cheaper to hash than to look up.
 SMALL_FILE_BYTES = 1 << 20
+#: Bytes read at a time: enough for every core to have a share.
+_READ_BYTES = 8 << 20
 #: A file modified less than this many seconds ago could change again without its mtime changing.
 RACY_SECONDS = 2.0
 #: A half-written memo file older than this many seconds belongs to a process that was killed.
@@ -31,7 +33,13 @@ def file_digest(path: Path, threads: int | None = None) -> str:
     """
     if threads is None:
         threads = 1 if os.stat(path).st_size <= SMALL_FILE_BYTES else blake3.AUTO
-    return blake3(max_threads=threads).update_mmap(path).hexdigest()
+    hasher = blake3(max_threads=threads)
+    # Not a memory map: its pages count as this process's memory, and a checkpoint is larger than most machines'.
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+    return hasher.hexdigest()
 
 
 def json_digest(value: Any) -> str:

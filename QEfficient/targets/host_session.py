@@ -37,10 +37,13 @@ class HostSession:
         self._sizes: dict[str, int] = {}
         self._buffers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._outputs: dict[str, np.ndarray] = {}
+        #: Output names in the order they were first bound, which is the order ONNX Runtime returns them in.
+        self._bound: list[str] = []
         self._closed = False
 
     def begin(self, symbols: Mapping[str, int]) -> None:
         """Allocates retained state for these dimension values; keeps the buffers when the values are the same."""
+        self._check_open()
         needed = {d for state in self.manifest.states for d in state.shape if isinstance(d, str)}
         missing = needed - set(symbols)
         if missing:
@@ -55,14 +58,13 @@ class HostSession:
             second = first if state.in_place else np.zeros_like(first)
             self._buffers[state.input] = (first, second)
         self._binding = self._session.io_binding()
-        self._outputs = {}
+        self._outputs, self._bound = {}, []
         for state in self.manifest.states:
             self._bind_state(state)
 
     def run(self, feeds: Mapping[str, np.ndarray], specialization: str) -> dict[str, np.ndarray]:
         """See `Session.run`. Returned arrays are overwritten by the next call with the same shapes."""
-        if self._closed:
-            raise QEfficientError("this session was closed: load the package again.")
+        self._check_open()
         if self.manifest.states and not self._buffers:
             raise QEfficientError("call begin() before run(): this program keeps state between steps.")
         symbols = self._check(feeds, self.manifest.specialization(specialization))
@@ -76,8 +78,7 @@ class HostSession:
             raise QEfficientError(f"ONNX Runtime failed in {specialization}: {_first_line(error)}") from None
         results = dict(self._outputs)
         if dynamic:
-            names = [value.name for value in self._session.get_outputs()]
-            values = dict(zip(names, self._binding.get_outputs(), strict=False))
+            values = dict(zip(self._bound, self._binding.get_outputs(), strict=True))
             results |= {name: values[name].numpy() for name in dynamic}
         for state in self.manifest.states:
             if not state.in_place:
@@ -91,26 +92,30 @@ class HostSession:
         return self._buffers[name][0]
 
     def close(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._buffers, self._outputs = {}, {}
         del self._binding, self._session
         gc.collect()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise QEfficientError("this session was closed: load the package again.")
+
     def _check(self, feeds: Mapping[str, np.ndarray], specialization: Specialization) -> dict[str, int]:
         """Names, dtypes, ranks, fixed sizes and symbols; returns the value of every symbol."""
         unknown, missing = set(feeds) - set(self._inputs), set(self._inputs) - set(feeds)
         if unknown or missing:
-            raise InputError(
-                f"the program's inputs are {sorted(self._inputs)}: "
-                + (f"missing {sorted(missing)} " if missing else "")
-                + (f"unexpected {sorted(unknown)}" if unknown else "")
-            )
+            problems = {"missing": sorted(missing), "unexpected": sorted(unknown)}
+            found = " and ".join(f"{what} {names}" for what, names in problems.items() if names)
+            raise InputError(f"the program's inputs are {sorted(self._inputs)}: {found}.")
         symbols = dict(self._sizes)
         for name, array in feeds.items():
             spec = self._inputs[name]
             if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype):
-                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise InputError(f"{name} must be a numpy array of {spec.dtype}, got {found}.")
+                kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise InputError(f"{name} must be a numpy array of {spec.dtype}, got {kind}.")
             if array.ndim != len(spec.shape):
                 raise InputError(f"{name} must have rank {len(spec.shape)} {spec.shape}, got shape {array.shape}.")
             for size, dim in zip(array.shape, spec.shape, strict=True):
@@ -126,6 +131,7 @@ class HostSession:
     def _bind_output(self, spec: TensorSpec, symbols: Mapping[str, int]) -> bool:
         """Binds an output to a reused buffer; False when its shape is not known before the run."""
         if not all(isinstance(d, int) or d in symbols for d in spec.shape):
+            self._note(spec.name)
             self._binding.bind_output(spec.name, "cpu")
             return False
         shape = tuple(symbols[d] if isinstance(d, str) else d for d in spec.shape)
@@ -133,11 +139,17 @@ class HostSession:
         if buffer is None or buffer.shape != shape:
             buffer = np.empty(shape, dtype=spec.dtype)
             self._outputs[spec.name] = buffer
+        self._note(spec.name)
         self._bind(self._binding.bind_output, spec.name, buffer)
         return True
 
+    def _note(self, output: str) -> None:
+        if output not in self._bound:
+            self._bound.append(output)
+
     def _bind_state(self, state: StateSpec) -> None:
         first, second = self._buffers[state.input]
+        self._note(state.output)
         self._bind(self._binding.bind_input, state.input, first)
         self._bind(self._binding.bind_output, state.output, second)
 

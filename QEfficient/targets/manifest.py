@@ -164,7 +164,10 @@ class Manifest:
             )
         if body.get("digest") != _digest(body):
             raise PackageError(f"{path} was changed after it was written: compile the package again.")
-        return _from_json(body)
+        try:
+            return _from_json(body)
+        except (KeyError, TypeError, AttributeError):
+            raise PackageError(f"{path} lacks entries or has malformed ones: compile the package again.") from None
 
 
 def _digest(body: dict[str, Any]) -> str:

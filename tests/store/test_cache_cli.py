@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import Result
+
 from typer.testing import CliRunner
 
 from QEfficient.cli.cache import app, human_size, parse_size

@@ -94,6 +94,9 @@ class Encoder(nn.Module):
         # One kind of token needs no input: RoBERTa and kin name the argument but have a table of one row.
         kinds = getattr(getattr(model, "config", None), "type_vocab_size", 0) or 0
         self.takes_token_types = "token_type_ids" in parameters and kinds > 1
+        # A decoder's classification head looks for the last token that is not this one.
+        config: Any = getattr(model, "config", None)
+        self.pad_id: int | None = config.get_text_config().pad_token_id if output == "logits" and config else None
 
     def forward(
         self,
@@ -101,6 +104,8 @@ class Encoder(nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.pad_id is not None:  # the mask says what padding is, whatever ids the caller put there
+            input_ids = torch.where(attention_mask != 0, input_ids, self.pad_id)
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             arguments["token_type_ids"] = token_type_ids

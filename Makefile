@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+# Exact, tested versions. torch comes first: its pinned version is a CPU build, an open range would pull CUDA.
+PINS   := requirements/constraints.txt
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
+
+$(STAMP): pyproject.toml $(PINS)
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}: pass PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --disable-pip-version-check --constraint $(PINS) torch
+	$(PIP) install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
+	touch $@
+
+.PHONY: install
+install: $(STAMP)  ## Create .venv and install everything with the tested versions
+
+.PHONY: quickstart
+quickstart: $(STAMP)  ## Install, then run real models: embeddings, text generation, validation
+	$(BIN)/python examples/quickstart.py
+
+.PHONY: test
+test: $(STAMP)  ## Install, then run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+.PHONY: lint
+lint: $(STAMP)  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench-export
+bench-export: $(STAMP)  ## Measure memory and time of an export at 0.1, 1 and 8 billion parameters (needs 20 GB of disk)
+	$(BIN)/python benchmarks/export.py --output docs/export_cost.md
+
+.PHONY: model-coverage
+model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (about 10 minutes), write docs/models.md
+	$(BIN)/python benchmarks/model_coverage.py --output docs/models.md
+
+.PHONY: kill-test
+kill-test: $(STAMP)  ## Kill exports and compiles 30 times at random moments and check that nothing is left half-done
+	$(BIN)/python benchmarks/kill_test.py
+
+.PHONY: clean
+clean:  ## Remove the environment and caches of tools
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

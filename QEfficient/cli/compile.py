@@ -1,0 +1,82 @@
+"""``qefficient compile``: checkpoint or ONNX export to a package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from QEfficient.cli.cache import human_size
+from QEfficient.cli.common import CacheDir, OutputDir, Pooling, Task, Transforms, TrustRemoteCode
+from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
+from QEfficient.cli.opening import is_package
+from QEfficient.errors import OptionError
+
+
+def compile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_ONNX",
+            help="A checkpoint directory, a hub id such as org/name, or the model.onnx that export printed.",
+            show_default=False,
+        ),
+    ],
+    shapes: ShapeFlags,
+    encoder: EncoderFlags,
+    target: TargetFlags,
+    output: OutputDir = None,
+    transform: Transforms = None,
+    task: Task = None,
+    pooling: Pooling = None,
+    cache_dir: CacheDir = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Makes a package that runs without torch and without the checkpoint, and prints its path.
+
+    A summary goes to stderr.
+    The package is kept in the cache; --output also copies it to a place of its own.
+
+    [bold]Examples[/bold]
+
+    qefficient compile ./my-model --ctx-len 2048 --output ./my-package
+    qefficient compile ./my-encoder --pooling mean --seq-len 128 --seq-len 512
+    qefficient compile ./my-model --transform FP16Clip --transform SplitWeights:max_shard_size=1GB
+    """
+    options = asked(shapes, encoder, target).to_json()
+    if is_package(model):
+        raise OptionError(f"{model} is a package already: name the checkpoint or the model.onnx it was made from.")
+    if model.endswith(".onnx"):
+        named = [("--task", task), ("--pooling", pooling), ("--trust-remote-code", trust_remote_code)]
+        extra = [flag for flag, value in named if value]
+        if extra:
+            raise OptionError(f"{model} is exported already, {extra[0]} cannot change it: leave it out.")
+        from QEfficient.api import compile as compile_onnx
+
+        package = compile_onnx(model, output, transforms=transform or (), cache_home_dir=cache_dir, **options)
+    else:
+        from QEfficient.api import wrap
+
+        wrapped = wrap(model, task=task, pooling=pooling, trust_remote_code=trust_remote_code, cache_home_dir=cache_dir)
+        package = wrapped.compile(compile_dir=output, transforms=transform or (), **options)
+    summarize(package)
+    typer.echo(package)
+
+
+def summarize(package: Path) -> None:
+    """Prints what is in a package, as a table on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from QEfficient.targets.manifest import Manifest
+
+    manifest = Manifest.load(package)
+    table = Table(show_header=False)
+    table.add_row("model", escape(str(manifest.model.get("name"))))
+    table.add_row("task, target", f"{manifest.task}, {manifest.target}")
+    table.add_row("specializations", escape("\n".join(str(spec) for spec in manifest.specializations)))
+    table.add_row("transforms", escape(", ".join(str(t["name"]) for t in manifest.transforms)) or "none")
+    table.add_row("size", human_size(sum(file.size for file in manifest.files.values())))
+    Console(stderr=True).print(table)

@@ -1,0 +1,488 @@
+"""``qefficient``: what people type, what they see, and that the numbers are Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import greedy_reference, save_tiny, tiny_causal_lm, tiny_classifier, tiny_encoder, tiny_tokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
+
+from QEfficient import QEFFAutoModelForCausalLM
+from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags
+from QEfficient.cli.embed import _checkpoint_pooling
+from QEfficient.cli.main import app
+from QEfficient.cli.user_errors import user_errors
+from QEfficient.errors import OptionError
+from QEfficient.targets.options import CompileOptions
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} a:{% endif %}"
+)
+COMMANDS = ("infer", "embed", "export", "compile", "execute", "validate", "doctor")
+PROMPTS = ("the other", "an island in the sea")
+#: The options every causal test uses, so that all share one package.
+SHAPES = ("--ctx-len", 64)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint on disk, its torch model, and the cache the commands use."""
+
+    model: PreTrainedModel
+    path: Path
+    cache: Path
+
+    @property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """Hugging Face's greedy continuation."""
+        tokenizer = self.tokenizer
+        tokens, _ = greedy_reference(self.model, tokenizer(prompt).input_ids, count)
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def run(*arguments: object, stdin: str | None = None) -> Any:
+    # Wide, so that no table cell or message is cut.
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, env={"COLUMNS": "200"})
+
+
+def refused(result: Any, *words: str) -> None:
+    """One sentence on stderr, exit code 2, no traceback, nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("note:", "warning:"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0]
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Tiny:
+    model, path = tiny_causal_lm("llama"), tmp_path_factory.mktemp("models") / "llama"
+    tiny_tokenizer(save_tiny(model, path))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return Tiny(model, path, cache)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Tiny:
+    model, path = tiny_encoder("bert"), tmp_path_factory.mktemp("models") / "bert"
+    tiny_tokenizer(save_tiny(model, path))
+    return Tiny(model, path, cache)
+
+
+@pytest.fixture(scope="module")
+def package(causal: Tiny) -> Path:
+    result = run("compile", causal.path, *SHAPES, "--cache-dir", causal.cache)
+    assert result.exit_code == 0, result.output
+    return Path(result.stdout.strip())
+
+
+# ------------------------------------------------------------------ help
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in (*COMMANDS, "cache"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example_and_explains_every_option(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"qefficient {command}" in result.stdout.partition("Example")[2]
+    for parameter in _command(command).params:
+        assert getattr(parameter, "help", None), f"{command} {parameter.name} has no help"
+
+
+def _command(name: str) -> Any:
+    import typer.main
+
+    return typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+
+
+def test_bare_program_shows_help():
+    assert "infer" in run().output
+
+
+def test_version():
+    from QEfficient import __version__
+
+    assert run("--version").stdout == f"qefficient {__version__}\n"
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom QEfficient.cli.main import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx_ir', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compile_flags_are_the_compile_options():
+    flags = {f.name: f.default for group in (ShapeFlags, EncoderFlags, TargetFlags) for f in fields(group)}
+    assert flags == {f.name: f.default for f in fields(CompileOptions)}
+
+
+# ------------------------------------------------------------------ infer
+
+
+def test_infer_prints_the_greedy_text_and_the_speed(causal):
+    result = run(
+        "infer", causal.path, "--prompt", PROMPTS[0], "--generation-len", 8, *SHAPES, "--cache-dir", causal.cache
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == causal.greedy(PROMPTS[0], 8) + "\n"
+    assert "tokens/s" in result.stderr
+
+
+def test_infer_streams_the_same_text(causal, package):
+    result = run("infer", package, "--prompt", PROMPTS[1], "--generation-len", 8, "--stream")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == causal.greedy(PROMPTS[1], 8) + "\n"
+
+
+def test_infer_json_has_every_prompt(causal, package, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([PROMPTS[1], "", "hé is in"]) + "\n", encoding="utf-8")
+    result = run("infer", package, "-p", PROMPTS[0], "--prompts-file", file, "--generation-len", 6, "--json")
+    assert result.exit_code == 0, result.output
+    body = json.loads(result.stdout)
+    assert [r["prompt"] for r in body["results"]] == [*PROMPTS, "hé is in"]
+    assert [r["text"] for r in body["results"]] == [causal.greedy(r["prompt"], 6) for r in body["results"]]
+    assert {r["finish_reason"] for r in body["results"]} == {"length"}
+    assert body["metrics"]["generated_tokens"] == 18
+    assert body["metrics"]["decode_tokens_per_s"] > 0
+
+
+def test_infer_shows_each_prompt_of_several(causal, package):
+    result = run("infer", package, "-p", PROMPTS[0], "-p", PROMPTS[1], "--generation-len", 4)
+    expected = [f"[{n}] {p}\n{causal.greedy(p, 4)}\n\n" for n, p in enumerate(PROMPTS, 1)]
+    assert result.stdout == "".join(expected)
+
+
+def test_infer_applies_the_chat_template(causal, package):
+    result = run("infer", package, "--message", "how is it", "--generation-len", 6)
+    chat = causal.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "how is it"}], add_generation_prompt=True, tokenize=False
+    )
+    ids = causal.tokenizer(chat, add_special_tokens=False).input_ids
+    tokens, _ = greedy_reference(causal.model, ids, 6)
+    assert result.stdout == causal.tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+def test_infer_sampling_repeats_with_a_seed(package):
+    def sampled(seed: int) -> str:
+        flags = ("--sample", "--temperature", 1.5, "--top-k", 50, "--top-p", 0.99, "--seed", seed)
+        result = run("infer", package, "-p", "the", "--generation-len", 12, *flags)
+        assert result.exit_code == 0, result.output
+        return str(result.stdout)
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_infer_stops_at_a_text(causal, package):
+    whole = causal.greedy(PROMPTS[0], 12)
+    stop = whole[4:6]
+    result = run("infer", package, "-p", PROMPTS[0], "--generation-len", 12, "--stop", stop, "--json")
+    found = json.loads(result.stdout)["results"][0]
+    assert (found["text"], found["finish_reason"]) == (whole[: whole.index(stop)], "stop_string")
+
+
+def test_sampling_option_without_sampling_is_said_in_one_line(package):
+    result = run("infer", package, "-p", "the", "--generation-len", 2, "--temperature", 0.5)
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if "temperature" in line]
+    assert line.startswith("warning: ")
+
+
+# ------------------------------------------------------------------ compile, export, execute, validate
+
+
+def test_command_line_and_python_share_one_package(causal, package):
+    model = QEFFAutoModelForCausalLM.from_pretrained(causal.path, cache_home_dir=causal.cache)
+    assert model.compile(ctx_len=64) == package
+
+
+def test_export_then_compile_then_execute(encoder, tmp_path):
+    cache = ("--cache-dir", encoder.cache)
+    exported = run("export", encoder.path, "--pooling", "mean", "--output", tmp_path / "onnx", *cache)
+    assert exported.stdout == f"{tmp_path / 'onnx' / 'model.onnx'}\n"
+    compiled = run(
+        "compile", tmp_path / "onnx" / "model.onnx", "--seq-len", 32, "--seq-len", 64, "--transform", "FP16Clip",
+        "--output", tmp_path / "package", *cache,
+    )  # fmt: skip
+    assert compiled.exit_code == 0, compiled.output
+    assert compiled.stdout == f"{tmp_path / 'package'}\n"
+    for words in ("FP16Clip", "seq_len=1..32", "seq_len=1..64", "feature-extraction, host", "kB"):
+        assert words in compiled.stderr
+    shutil.rmtree(tmp_path / "onnx")
+    done = run("execute", tmp_path / "package", "--text", PROMPTS[0])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_allclose(
+        json.loads(done.stdout)["embedding"], mean_pooled(encoder, PROMPTS[0]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_execute_needs_neither_torch_nor_transformers(causal, package):
+    code = (
+        "import sys\nfrom QEfficient.cli.main import app\n"
+        f"try:\n    app(['execute', {str(package)!r}, '-p', {PROMPTS[0]!r}, '--generation-len', '5'])\n"
+        "except SystemExit as e:\n    assert e.code == 0\n"
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == causal.greedy(PROMPTS[0], 5) + "\n"
+
+
+def test_execute_gives_labels(tmp_path, cache):
+    model = tiny_classifier("bert")
+    tiny_tokenizer(save_tiny(model, tmp_path / "classifier"))
+    compiled = run("compile", tmp_path / "classifier", "--cache-dir", cache, "--output", tmp_path / "package")
+    assert "text-classification" in compiled.stderr
+    done = run("execute", tmp_path / "package", "--text", PROMPTS[0], "--text", PROMPTS[1])
+    assert done.exit_code == 0, done.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "classifier")
+    for line, prompt in zip(done.stdout.splitlines(), PROMPTS, strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(prompt, return_tensors="pt")).logits[0].softmax(-1).numpy()
+        found = json.loads(line)
+        np.testing.assert_allclose(list(found["scores"].values()), expected, atol=1e-5)
+        assert found["label"] == model.config.id2label[int(expected.argmax())]
+
+
+def test_validate_says_equal(causal):
+    arguments = ("validate", causal.path, *SHAPES, "--prompt", PROMPTS[0], "--tokens", 4, "--cache-dir", causal.cache)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4" in result.stdout
+    assert "DIFFERS" not in result.stdout
+    body = json.loads(run(*arguments, "--json").stdout)
+    assert body["ok"] is True
+    assert [stage["stage"] for stage in body["stages"]] == ["transformed torch", "ONNX", "package"]
+
+
+def test_validate_exits_with_1_when_they_part(encoder):
+    flags = ("--pooling", "mean", "--text", PROMPTS[0], "--tolerance", 0, "--cache-dir", encoder.cache)
+    result = run("validate", encoder.path, *flags)
+    assert result.exit_code == 1, result.output
+    assert "DIFFERS" in result.stdout
+
+
+# ------------------------------------------------------------------ embed
+
+
+def mean_pooled(encoder: Tiny, text: str) -> np.ndarray:
+    with torch.no_grad():
+        out = encoder.model(**encoder.tokenizer(text, return_tensors="pt"))
+    return np.asarray(out.last_hidden_state[0].mean(0).numpy())
+
+
+def test_embed_equals_torch(encoder, tmp_path):
+    file = tmp_path / "vectors.npy"
+    flags = ("--pooling", "mean", "--batch-size", 2, "--cache-dir", encoder.cache, "--output", file)
+    texts = [*PROMPTS, "a"]
+    result = run("embed", encoder.path, *flags, stdin="\n".join(texts) + "\n")
+    assert result.exit_code == 0, result.output
+    vectors = np.load(file)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, [mean_pooled(encoder, t) for t in texts], rtol=1e-5, atol=1e-5)
+    lines = run("embed", encoder.path, "--normalize", "--cache-dir", encoder.cache, *[f"--text={t}" for t in texts])
+    assert "names no pooling: using mean" in lines.stderr
+    found = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [entry["text"] for entry in found] == texts
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose([entry["embedding"] for entry in found], unit, atol=1e-6)
+
+
+def test_embed_similarity_is_the_cosine(encoder):
+    a, b = (mean_pooled(encoder, text) for text in PROMPTS)
+    cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    flags = ("--pooling", "mean", "--similarity", "--cache-dir", encoder.cache)
+    result = run("embed", encoder.path, "-t", PROMPTS[0], "-t", PROMPTS[1], *flags)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count(f"{cosine:.3f}") == 2
+    assert result.stdout.count("1.000") == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "word_embedding_dimension": 8}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "max"}, "max"),
+    ],
+)
+def test_pooling_of_a_sentence_transformers_checkpoint(tmp_path, config, pooling):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    assert _checkpoint_pooling(str(tmp_path)) == pooling
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"pooling_mode_weightedmean_tokens": True}, {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}],
+)
+def test_a_pooling_we_do_not_have_is_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="--pooling"):
+        _checkpoint_pooling(str(tmp_path))
+
+
+# ------------------------------------------------------------------ doctor
+
+
+def test_doctor(tmp_path):
+    result = run("doctor", "--cache-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    for words in ("host", "ONNX Runtime", "not a target of this version", "qaic-compile", "transformers", "free"):
+        assert words in result.stdout
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("command", ["infer", "embed", "export", "compile", "validate"])
+def test_a_path_that_is_not_there(tmp_path, command):
+    texts = {"infer": ("-p", "x"), "embed": ("-t", "x")}.get(command, ())
+    refused(run(command, tmp_path / "nothing", *texts), "nothing", "does not exist")
+
+
+def test_unknown_options_and_commands_are_refused_with_the_nearest(causal):
+    result = run("infer", causal.path, "--prmpt", "x")
+    assert result.exit_code == 2
+    assert "--prompt" in result.stderr
+    result = run("compile", causal.path, "--mxfp6")
+    assert result.exit_code == 2
+    assert "--mxfp6-matmul" in result.stderr
+    result = run("infre")
+    assert result.exit_code == 2
+    assert "infer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "nothing to generate from"),
+        (("--prompt", ""), "prompt 1 is empty"),
+        (("--prompt", "x", "--message", "y"), "cannot be mixed"),
+        (("--prompt", "x", "--prompt", "y", "--stream"), "one prompt"),
+        (("--prompt", "x", "--stream", "--json"), "exclude each other"),
+        (("--prompt", "x", "--top-p", "0"), "top_p"),
+        (("--prompt", "x", "--batch-size", "2", "--full-batch-size", "2"), "exclude each other"),
+        (("--prompt", "x", "--prefill-seq-len", "65", "--ctx-len", "64"), "prefill_seq_len=65"),
+        (("--prompt", "x", "--device-group", "a,b"), "list of device ids"),
+        (("--prompt", "x", "--target", "hots"), "'host'"),
+        (("--prompt", "x", "--transform", "FP16Clp"), "'FP16Clip'"),
+        (("--prompts-file", "/nothing/here.txt"), "cannot be read"),
+    ],
+)
+def test_infer_mistakes(causal, tmp_path, arguments, words):
+    # An empty cache stays empty: all of these are refused before the expensive work.
+    refused(run("infer", causal.path, *arguments, "--cache-dir", tmp_path / "cache"), words)
+    assert not list(tmp_path.glob("cache/*/*"))
+
+
+def test_a_prompt_that_is_too_long(package):
+    refused(run("infer", package, "-p", "x" * 100), "does not fit ctx_len=64")
+    refused(run("infer", package, "-p", "x", "--generation-len", 80), "do not fit ctx_len=64")
+
+
+def test_compile_options_for_a_package_are_refused(package, encoder):
+    refused(run("infer", package, "-p", "x", "--ctx-len", 32), "--ctx-len", "compiled already")
+    refused(run("infer", package, "-p", "x", "--transform", "FP16Clip"), "--transform")
+    refused(run("compile", package), "is a package already")
+    refused(run("validate", package), "no reference")
+
+
+def test_the_wrong_command_for_a_package_names_the_right_one(package):
+    refused(run("embed", package, "-t", "x"), "text-generation", "qefficient infer")
+    refused(run("execute", package, "-t", "x"), "--prompt")
+    refused(run("execute", package, "-t", "x", "-p", "y"), "one kind")
+
+
+def test_packages_that_are_not_ours_or_were_changed(package, tmp_path):
+    refused(run("execute", tmp_path, "-p", "x"), "manifest.json")
+    (tmp_path / "manifest.json").write_text('{"format": "something"}')
+    refused(run("execute", tmp_path, "-p", "x"), "made by something else")
+    changed = shutil.copytree(package, tmp_path / "changed")
+    weights = next((changed / "weights").iterdir())
+    body = bytearray(weights.read_bytes())
+    body[-1] ^= 1
+    weights.write_bytes(body)
+    refused(run("execute", changed, "-p", "x"), "was changed after it was compiled")
+    assert run("execute", changed, "-p", "x", "--generation-len", 1, "--no-verify").exit_code == 0
+
+
+def test_embed_mistakes(encoder):
+    refused(run("embed", encoder.path, stdin=""), "no text")
+    refused(run("embed", encoder.path, "-t", ""), "text 1 is empty")
+    refused(run("embed", encoder.path, "-t", "x", "--pooling", "mena"), "'mean'")
+    refused(run("embed", encoder.path, "-t", "x", "--output", "vectors.json"), ".npy")
+
+
+def test_task_mistakes(encoder, causal, tmp_path):
+    refused(run("infer", encoder.path, "-p", "x"), "BertModel")
+    refused(run("export", causal.path, "--task", "translation"), "translation", "text-generation")
+    refused(run("compile", tmp_path / "model.onnx"), "does not exist")
+    refused(run("compile", tmp_path / "model.onnx", "--pooling", "mean"), "--pooling")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("export", tmp_path / "nothing", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_errors_of_libraries_in_several_lines_become_one(capsys):
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise OptionError("first\nsecond")
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_ctrl_c_is_130(capsys):
+    with pytest.raises(SystemExit, match="130"), user_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("error: interrupted")
+
+
+def test_a_missing_library_says_what_to_install(capsys):
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
+    assert "pip install 'qefficient[export]'" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), user_errors():
+        raise ModuleNotFoundError("No module named 'my_own'", name="my_own")
+
+
+def test_bugs_are_not_hidden():
+    with pytest.raises(ZeroDivisionError), user_errors():
+        _ = 1 // 0
