@@ -34,7 +34,7 @@ class ExportError(QEfficientError):
 
 
 class TransformError(QEfficientError):
-    """An ONNX transform is unknown, could not be loaded or failed its own checks."""
+    """An ONNX transform could not be loaded, failed, or broke the rules of the queue."""
 
 
 class PackageError(QEfficientError):

@@ -100,8 +100,21 @@ def file_tensors(model: ir.Model) -> dict[str, FileTensor]:
 
 
 def weight_files(model: ir.Model) -> dict[str, Path]:
-    """Location beside the model -> file, for every file the model's weights lie in."""
-    return {tensor.location: tensor.file for tensor in file_tensors(model).values()}
+    """Location beside the model -> file, for every file the model's weights lie in.
+
+    Files of one name from several directories get a number, and their tensors the new location.
+    """
+    locations: dict[Path, str] = {}
+    for tensor in file_tensors(model).values():
+        if tensor.file not in locations:
+            wanted, n = Path(tensor.location), 1
+            name = tensor.location
+            while name in locations.values():
+                n += 1
+                name = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}").as_posix()
+            locations[tensor.file] = name
+        tensor.location = locations[tensor.file]
+    return {location: file for file, location in locations.items()}
 
 
 def _from_external(tensor: ir.ExternalTensor, path: Path, name: str) -> FileTensor:

@@ -9,37 +9,24 @@ between 0 and the measured duration of an undisturbed run, in the export, the co
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import contextlib
+import multiprocessing
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from QEfficient.store.store import ArtifactStore
 
 #: Kills on one cache before it is emptied.
 ROUND = 3
 
-# The imports and the opening of the checkpoint come before "ready": they write nothing.
-COMPILE = """
-import json, sys
-import torch, transformers
-from QEfficient import QEFFAutoModelForCausalLM
-import QEfficient.exporter.program
-
-model = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1], cache_home_dir=sys.argv[2])
-print("ready", flush=True)
-package = model.compile(ctx_len=32)
-print("done", flush=True)
-tokens = model.generate([[5, 9, 20, 31]], max_new_tokens=6)
-print(json.dumps({"package": str(package), "ids": tokens.tolist()}))
-"""
+#: Imported once, in the server that the processes are forked from: a kill should meet work, not imports.
+PRELOAD = ["torch", "transformers", "QEfficient.models.auto", "QEfficient.exporter.program", "onnxruntime"]
 
 
 @dataclass
@@ -67,13 +54,8 @@ def kill_rounds(checkpoint: Path, home: Path, kills: int = 30, seed: int = 0) ->
     shutil.rmtree(home, ignore_errors=True)
     while outcome.kills < kills:
         for _ in range(min(ROUND, kills - outcome.kills)):
-            process = _start(checkpoint, home)
-            time.sleep(chance.uniform(0, outcome.duration_s))
-            process.send_signal(signal.SIGKILL)
-            output, _ = process.communicate(timeout=60)
-            outcome.kills += 1
-            outcome.interrupted += "done" not in output
-            _check_names(home, outcome)
+            if _kill_one(checkpoint, home, chance, outcome):
+                break  # all is done: more kills on this cache would meet no work
         _, ids = _whole_run(checkpoint, home, outcome)
         if ids != expected:
             outcome.problems.append(f"after kill {outcome.kills} the package answers {ids} instead of {expected}")
@@ -82,34 +64,74 @@ def kill_rounds(checkpoint: Path, home: Path, kills: int = 30, seed: int = 0) ->
     return outcome
 
 
-def _start(checkpoint: Path, home: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMPILE, str(checkpoint), str(home)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    if first != "ready\n":
-        raise RuntimeError(f"the process did not start: {process.communicate()[1]}")
-    return process
+def _kill_one(checkpoint: Path, home: Path, chance: random.Random, outcome: Outcome) -> bool:
+    """Starts a process and kills it at a random moment; returns whether it had finished by then."""
+    fresh = not home.exists()
+    process, pipe = _start(checkpoint, home)
+    start = time.monotonic()
+    delay = chance.uniform(0, outcome.duration_s)
+    finished = pipe.poll(delay)
+    duration = time.monotonic() - start
+    if finished and _received(pipe)[:1] != ["done"]:
+        outcome.problems.append(f"the run before kill {outcome.kills + 1} failed by itself, its error is on stderr")
+    if finished and fresh:  # the machine was busier when the duration was measured
+        outcome.duration_s = duration
+    process.kill()
+    process.join()
+    outcome.kills += 1
+    outcome.interrupted += not finished
+    _check_names(home, outcome)
+    return finished
+
+
+def _work(checkpoint: Path, home: Path, pipe: Connection) -> None:
+    """In a process of its own: opens, exports, compiles and runs; says how far it is."""
+    import torch
+
+    from QEfficient import QEFFAutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = QEFFAutoModelForCausalLM.from_pretrained(checkpoint, cache_home_dir=home)
+    pipe.send("ready")
+    model.compile(ctx_len=32)
+    pipe.send("done")
+    pipe.send(model.generate([[5, 9, 20, 31]], max_new_tokens=6).tolist())
+
+
+def _start(checkpoint: Path, home: Path) -> tuple[Any, Connection]:
+    """A process that is about to compile, and the pipe it talks through."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(checkpoint, home, theirs))
+    process.start()
+    theirs.close()
+    if ours.recv() != "ready":
+        raise RuntimeError("the process did not start")
+    return process, ours
+
+
+def _received(pipe: Connection) -> list[Any]:
+    """Everything a process that has ended had said."""
+    said = []
+    with contextlib.suppress(EOFError):
+        while True:
+            said.append(pipe.recv())
+    return said
 
 
 def _whole_run(checkpoint: Path, home: Path, outcome: Outcome) -> tuple[float, object]:
     """An undisturbed run: (seconds of export and compile, generated ids); a failure becomes a problem."""
-    process = _start(checkpoint, home)
-    assert process.stdout is not None
+    process, pipe = _start(checkpoint, home)
     start = time.monotonic()
-    process.stdout.readline()
+    pipe.poll(300)
     duration = time.monotonic() - start
-    output, errors = process.communicate(timeout=300)
-    if process.returncode != 0:
-        last = errors.strip().splitlines()[-1:] or ["no message"]
-        outcome.problems.append(f"the run after kill {outcome.kills} failed: {last[0]}")
+    said = _received(pipe)
+    process.join()
+    if process.exitcode != 0 or len(said) != 2:
+        outcome.problems.append(f"the run after kill {outcome.kills} failed, its error is on stderr")
         return duration, None
-    return duration, json.loads(output.splitlines()[-1])["ids"]
+    return duration, said[1]
 
 
 def _check_names(home: Path, outcome: Outcome) -> None:

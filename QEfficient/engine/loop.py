@@ -173,7 +173,10 @@ class TokenLoop:
     def _prefill(self, slots: list[int], active: list[Request | None]) -> np.ndarray:
         """Feeds the prompts of ``slots`` in chunks; float32 [len(slots), vocab], each row's own last logits."""
         rows = list(slots) if self.indexed else list(range(len(active)))
-        rows += [-1] * ((self.prefill_rows.pad_to(len(rows)) or len(rows)) - len(rows))
+        # Rows that only fill a fixed batch are idle, in slots nobody writes to in this call.
+        spare = [slot for slot in range(len(active)) if slot not in rows]
+        missing = (self.prefill_rows.pad_to(len(rows)) or len(rows)) - len(rows)
+        rows += [-1 - slot for slot in (spare + [0] * missing)[:missing]]
         prompts = [active[r].prompt if r >= 0 and active[r] else np.zeros(0, np.int64) for r in rows]  # type: ignore[union-attr]
         longest = max(len(p) for p in prompts)
         step = self.chunk.maximum or longest
@@ -225,7 +228,7 @@ class TokenLoop:
     def _call(self, specialization: str, ids: np.ndarray, positions: np.ndarray, rows: list[int]) -> np.ndarray:
         feeds = {"input_ids": ids, "position_ids": positions}
         if self.indexed:
-            feeds["batch_index"] = np.array([[max(row, 0)] for row in rows], np.int64)
+            feeds["batch_index"] = np.array([[row if row >= 0 else -1 - row] for row in rows], np.int64)
         return self.session.run(feeds, specialization)["logits"]
 
     @staticmethod

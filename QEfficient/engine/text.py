@@ -62,7 +62,8 @@ class CompiledCausalLM(LoadedPackage):
 
         Hugging Face form: ``generate(input_ids=..., attention_mask=..., max_new_tokens=...)`` returns ids
         [batch, prompt + new] of the kind that came in (torch or numpy); rows that ended early are padded on the
-        right. Prompts may be padded on the left (or right) as the mask says.
+        right. Prompts may be padded on the left (or right) as the mask says; without one the padding token is
+        padding, unless it also ends a text.
 
         Args:
             tokenizer: used instead of the package's own; a transformers or tokenizers object.
@@ -122,6 +123,9 @@ class CompiledCausalLM(LoadedPackage):
         criteria: Criterion | Sequence[Criterion] | None,
     ) -> Any:
         ids = integer_matrix("input_ids", input_ids)
+        pad = settings.pad_token_id
+        if attention_mask is None and pad is not None and pad not in settings.eos_token_id:
+            attention_mask = (ids != pad).astype(np.int64)  # as Hugging Face reads padding without a mask
         mask = mask_matrix(attention_mask, ids.shape)
         rows = [row[keep] for row, keep in zip(ids, mask, strict=True)]
         limits = [self._limit(settings, ids.shape[1], len(row), HF_DEFAULT_NEW_TOKENS) for row in rows]

@@ -10,6 +10,10 @@ from onnxscript.optimizer import fold_constants
 from QEfficient.errors import ExportError
 from QEfficient.onnx_io import FileTensor
 
+#: What torch notes on every node: most of a graph's bytes, and paths of the machine that exported it. The module each
+#: node comes from stays (``pkg.torch.onnx.name_scopes``).
+_TRACE_NOTES = ("namespace", *(f"pkg.torch.onnx.{name}" for name in ("stack_trace", "class_hierarchy", "fx_node")))
+
 
 def clean_up(model: ir.Model) -> None:
     """Inlines, folds constants, removes identities, duplicates and dead nodes. The function computed is unchanged.
@@ -44,6 +48,9 @@ def _run(model: ir.Model) -> None:
     )(model)
     if result.model is not model:
         raise ExportError("a clean-up pass replaced the model object")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for key in _TRACE_NOTES:
+            node.metadata_props.pop(key, None)
 
 
 def _foldable(node: ir.Node) -> bool | None:

@@ -122,6 +122,14 @@ class QEFFAutoModelForCausalLM(QEFFTransformersBase):
 class _Encoder(QEFFTransformersBase):
     """What embedding and classification models share."""
 
+    @classmethod
+    def _check_architecture(cls, source: CheckpointSource) -> None:
+        if source.raw_config().get("is_encoder_decoder"):
+            raise UnsupportedModelError(
+                f"{source.name} is an encoder-decoder ({source.architecture}), which this version cannot run: use an "
+                "encoder or a decoder-only model."
+            )
+
     def generate(self, inputs: Any = None, **arrays: Any) -> dict[str, Any]:
         """Runs tokenizer output; see `QEfficient.engine.encoder.CompiledEncoder.generate`."""
         return self._ready().generate(inputs, **arrays)
@@ -223,6 +231,7 @@ class QEFFAutoModelForSequenceClassification(_Encoder):
 
     @classmethod
     def _check_architecture(cls, source: CheckpointSource) -> None:
+        super()._check_architecture(source)
         architecture = source.architecture
         if architecture is not None and "SequenceClassification" not in architecture:
             raise UnsupportedModelError(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from QEfficient.engine.package import LoadedPackage
     from QEfficient.evaluate.parity import ParityReport
+    from QEfficient.transforms.onnx.base import OnnxTransform
     from QEfficient.transforms.onnx.queue import TransformLike
     from QEfficient.transforms.pytorch.eager import TransformedModel
 
@@ -240,11 +241,9 @@ class QEFFTransformersBase(QEFFBaseModel):
             OptionError: an unknown, contradictory or out-of-range option.
             UnsupportedModelError, ExportError, TransformError, ArtifactWriteError: as their names say.
         """
-        from QEfficient.transforms.onnx.queue import resolve as resolve_transforms
-
         asked = CompileOptions.from_kwargs(**options)
         get_target(asked.target)
-        queue = resolve_transforms(transforms)
+        queue = resolve_queue(transforms)
         if compile_dir is not None:
             check_destination(Path(compile_dir))
         if onnx_path is None:
@@ -332,6 +331,15 @@ def _memory_source(model: Any, cls: type) -> MemorySource:
                 f"{cls.__name__}.from_pretrained(...)."
             )
     return MemorySource(model)
+
+
+def resolve_queue(transforms: Sequence[TransformLike]) -> list[OnnxTransform]:
+    """The transforms a user named; an empty list costs no import, so that a warm start stays quick."""
+    if not transforms:
+        return []
+    from QEfficient.transforms.onnx.queue import resolve
+
+    return resolve(transforms)
 
 
 def require_export_libraries() -> None:

@@ -24,6 +24,9 @@ def resolve(
         ModelLoadError: the path does not exist or is empty; the id is malformed, unknown, gated, or neither
             reachable nor in the cache.
     """
+    name = str(name_or_path)
+    if isinstance(name_or_path, str) and not name.strip():  # as a path it would mean the working directory
+        raise ModelLoadError("the model name is empty: pass a directory or a hub id such as 'org/name'.")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
@@ -33,9 +36,6 @@ def resolve(
         return path
     if path.exists():
         raise ModelLoadError(f"{path} is a file: pass the checkpoint's directory.")
-    name = str(name_or_path)
-    if not name.strip():
-        raise ModelLoadError("the model name is empty: pass a directory or a hub id such as 'org/name'.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelLoadError(f"{name} does not exist: pass an existing directory or a hub id such as 'org/name'.")
     return _download(name, revision, token, cache_dir, local_files_only)

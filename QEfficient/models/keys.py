@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib.metadata
 import inspect
@@ -94,6 +95,14 @@ def callable_identity(function: Callable[..., Any]) -> str:
             "a callable for pooling must be a plain function without captured variables or default arguments: only "
             "then can the cache tell two of them apart."
         )
+    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    for name in sorted(read):
+        value = function.__globals__.get(name)
+        if value is not None and not inspect.ismodule(value):
+            raise OptionError(
+                f"the pooling function reads the global {name!r}, which the cache key cannot see: define it inside the "
+                "function."
+            )
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

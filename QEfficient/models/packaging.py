@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from QEfficient.errors import OptionError
 from QEfficient.exporter.interface import INTERFACE_FILE, ONNX_FILE, Interface
@@ -21,7 +21,9 @@ from QEfficient.targets.base import CompileRequest, Target
 from QEfficient.targets.manifest import FileRecord, Manifest
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.registry import get_target
-from QEfficient.transforms.onnx.base import OnnxTransform
+
+if TYPE_CHECKING:
+    from QEfficient.transforms.onnx.base import OnnxTransform
 
 logger = logging.getLogger("QEfficient")
 

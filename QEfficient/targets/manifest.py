@@ -159,7 +159,7 @@ class Manifest:
         version = body.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise PackageError(
-                f"{directory} has package format {version}, this QEfficient reads up to {FORMAT_VERSION}: "
+                f"{path} has package format {version}, this QEfficient reads up to {FORMAT_VERSION}: "
                 "upgrade QEfficient or compile the package again."
             )
         if body.get("digest") != _digest(body):

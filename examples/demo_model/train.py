@@ -61,6 +61,8 @@ def parse_args() -> argparse.Namespace:
     )
     add("--epochs", type=float, default=6, help="passes over the training problems")
     add("--max-steps", type=int, default=0, help="train this many steps, whatever --epochs says (0: off)")
+    add("--stop-after", type=int, default=0, help="stop after this many steps of the schedule (0: finish it)")
+    add("--init-from", type=Path, help="start from the weights of an earlier run's output, with a fresh schedule")
     add("--max-minutes", type=float, default=0, help="stop training after this long (0: no limit)")
     add("--limit", type=int, default=0, help="use the first N problems of each file, for a trial (0: all)")
     add("--batch", type=int, default=16, help="rows of --context tokens in one step")
@@ -236,7 +238,7 @@ def train(args, model, tokenizer, documents, heldout, device) -> dict:
         running, count, tokens = running + loss.detach(), count + 1, tokens + batch.numel()
 
         seconds = time.monotonic() - started
-        out_of_time = 0 < args.max_minutes * 60 < seconds
+        out_of_time = 0 < args.max_minutes * 60 < seconds or step == args.stop_after
         last = step == steps or out_of_time
         if step % 20 == 0 or step == 1:
             speed, left = tokens / (seconds - evaluating), seconds / step * (steps - step) / 60
@@ -258,7 +260,7 @@ def train(args, model, tokenizer, documents, heldout, device) -> dict:
         if last:
             break
     if out_of_time and step < steps:
-        print(f"stopped by --max-minutes after {step} of {steps} steps", flush=True)
+        print(f"stopped after {step} of {steps} steps, as asked", flush=True)
     if not best_step:
         raise SystemExit("training diverged: the held-out loss was never a number")
     return {
@@ -326,6 +328,8 @@ def main() -> None:
     print(f"too long for the context and left out: {dropped[0]} training, {dropped[1]} held-out problems")
 
     model = make_model(args, tokenizer).to(device)
+    if args.init_from:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
     add_dropout(model, args.dropout)
     parameters = sum(p.numel() for p in model.parameters())  # tied embeddings are counted once
     print(f"{parameters:,} parameters, {parameters * 2 / 1e6:.1f} MB in bf16", flush=True)

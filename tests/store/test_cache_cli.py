@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from typer.testing import CliRunner
 
 from QEfficient.cli.cache import app, human_size, parse_size
@@ -13,7 +12,7 @@ from QEfficient.errors import OptionError
 from QEfficient.store.store import ArtifactStore
 
 
-def run(*arguments: object, **env: str) -> Result:
+def run(*arguments: object, **env: str):
     # Wide, so that no table cell is cut.
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **env})
 

@@ -22,8 +22,9 @@ class TransformResult:
 class OnnxTransform(ABC):
     """Base of all ONNX transforms.
 
-    Subclasses are usually frozen dataclasses: their fields are the parameters. ``version`` goes up when the same
-    parameters produce another graph.
+    Subclasses are usually frozen dataclasses: their fields are the parameters; of any other class they are the
+    instance's attributes. ``name`` is the class's own when not given. ``version`` goes up when the same parameters
+    produce another graph.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class OnnxTransform(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
+
     def parameters(self) -> dict[str, Any]:
         """JSON-ready parameters; part of the cache key and of the manifest."""
-        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else dict(vars(self))
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what this transform does to a given model."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,8 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from blake3 import blake3
 
-from QEfficient.errors import OptionError, TransformError
+from QEfficient.errors import OptionError, QEfficientError, TransformError
+from QEfficient.store.digest import json_digest
 from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
@@ -36,6 +38,10 @@ class CustomTransform(OnnxTransform):
     def __init__(self, wrapped: OnnxTransform | Callable[[ir.Model], Any], label: str, source: str) -> None:
         self.wrapped, self.label = wrapped, label
         self.digest = blake3(source.encode()).hexdigest()[:32]
+        try:
+            json_digest(self.parameters())
+        except TypeError as error:
+            raise TransformError(f"the parameters of {label} must be JSON values: {error}") from None
 
     def parameters(self) -> dict[str, Any]:
         own = self.wrapped.identity() if isinstance(self.wrapped, OnnxTransform) else {}
@@ -75,7 +81,16 @@ def run_queue(
     before = _signature(model)
     for number, transform in enumerate(transforms):
         progress(transform.name, number, len(transforms))
-        result = transform.apply(model, workspace)
+        # A place of its own: two transforms may choose the same file name.
+        place = workspace / str(number)
+        place.mkdir()
+        try:
+            result = transform.apply(model, place)
+        except (QEfficientError, OSError):  # errors with a meaning of their own, such as a full disk
+            raise
+        except Exception as error:
+            label = transform.label if isinstance(transform, CustomTransform) else transform.name
+            raise TransformError(f"{label} failed: {type(error).__name__}: {error}") from error
         if not isinstance(result, TransformResult):
             raise TransformError(
                 f"{transform.name}.apply() must return a TransformResult, got {type(result).__name__}."
@@ -92,7 +107,7 @@ def _signature(model: ir.Model) -> tuple[list[str | None], list[str | None]]:
 
 def _resolve(item: TransformLike) -> OnnxTransform:
     if isinstance(item, OnnxTransform):
-        return item if type(item).name in BUILT_IN and type(item) is BUILT_IN[type(item).name] else _custom(item)
+        return item if type(item) in BUILT_IN.values() else _custom(item)
     if isinstance(item, type):
         if item in BUILT_IN.values():
             return item()
@@ -138,6 +153,7 @@ def _number(text: str) -> float:
 def _custom(item: Any) -> CustomTransform:
     cls = item if inspect.isfunction(item) else type(item)
     label = getattr(cls, "__qualname__", type(item).__qualname__)
+    _check_plain(item, label)
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
@@ -148,25 +164,38 @@ def _custom(item: Any) -> CustomTransform:
     return CustomTransform(item, label, source)
 
 
+def _check_plain(item: Any, label: str) -> None:
+    """Refuses what two of may differ although their source is one: the cache could not tell them apart."""
+    if isinstance(item, OnnxTransform):
+        return
+    if not inspect.isfunction(item) or item.__closure__ or item.__defaults__ or item.__kwdefaults__:
+        raise TransformError(
+            f"{label} must be an OnnxTransform or a plain function without captured variables or default arguments: "
+            "give what it remembers to an OnnxTransform's fields."
+        )
+
+
 def _from_file(path: Path, name: str) -> CustomTransform:
     if not path.is_file():
         raise TransformError(f"the transform file {path} does not exist.")
     if not name:
         raise OptionError(f"name the class or function in {path.name}: '{path}:Class'.")
     source = path.read_text(encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"qefficient_custom_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise TransformError(f"{path} cannot be loaded as Python.")
-    module = importlib.util.module_from_spec(spec)
+    # Not through the import system: its bytecode cache may hold the file's previous text, and lies beside it.
+    module = types.ModuleType(f"qefficient_custom_{path.stem}_{blake3(source.encode()).hexdigest()[:16]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their own module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:
         raise TransformError(f"{path} failed while loading: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise TransformError(f"{path} has no {name!r}.{did_you_mean(name, names)}")
     found = getattr(module, name)
-    return CustomTransform(_instantiate(found, name) if isinstance(found, type) else found, name, source)
+    item = _instantiate(found, name) if isinstance(found, type) else found
+    _check_plain(item, name)
+    return CustomTransform(item, name, source)
 
 
 def _instantiate(cls: type, name: str) -> OnnxTransform | Callable[[ir.Model], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from QEfficient.onnx_io import file_tensors, write_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+#: More than a safetensors file spends on itself, and on the entry of a tensor besides its name.
+_HEADER_BYTES, _ENTRY_BYTES = 64, 160
 
 
 @dataclass(frozen=True)
 class SplitWeights(OnnxTransform):
-    """Puts every weight that lives in a file into shards of at most ``max_shard_size``.
+    """Puts every weight that lives in a file into shards of at most ``max_shard_size``, headers included.
 
     Toolchains and file systems with a limit per file need it; the graph and the values stay the same. A tensor larger
     than the limit gets a file of its own. Weights the graph does not use are left behind.
@@ -38,11 +41,12 @@ class SplitWeights(OnnxTransform):
         room = 0
         tensors = file_tensors(model)
         for name, tensor in tensors.items():
-            if not shards or tensor.nbytes > room:
+            needed = tensor.nbytes + len(json.dumps(name)) + _ENTRY_BYTES
+            if not shards or needed > room:
                 shards.append([])
-                room = int(self.max_shard_size)
+                room = int(self.max_shard_size) - _HEADER_BYTES
             shards[-1].append(name)
-            room -= tensor.nbytes
+            room -= needed
         for number, names in enumerate(shards, start=1):
             path = workspace / f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
             written = write_tensors({name: tensors[name] for name in names}, path)
