@@ -299,44 +299,30 @@ def write_card(output: Path, metrics: dict) -> None:
     """The model card: model_card.md with its blanks filled in from the metrics of this run."""
     parts = [f"```text\n{s['prompt']}{s['completion']}\n```" for s in metrics["samples"]]
     template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8").replace("\\\n", "")
-    card = template.format(**metrics, sample_text="\n\n".join(parts))
+    before = metrics["earlier_run"]
+    lineage = (
+        f"They continue an earlier run of {before['steps_run']} steps ({before['epochs_run']} epochs), whose arguments "
+        "and loss curve are in `metrics.json` too."
+        if before
+        else "They start from random weights."
+    )
+    card = template.format(**metrics, sample_text="\n\n".join(parts), lineage=lineage)
     (output / "README.md").write_text(card, encoding="utf-8")
 
 
-def main() -> None:
-    args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    name = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here needs it
-    transformers.utils.logging.disable_progress_bar()
-    args.output.mkdir(parents=True, exist_ok=True)
+def earlier_run(folder: Path | None) -> dict | None:
+    """What the run whose weights this one started from wrote about itself: its arguments, steps and loss curve."""
+    if folder is None:
+        return None
+    path = folder / "metrics.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: known.get(key) for key in ("arguments", "steps_run", "epochs_run", "history", "seed")}
 
-    train_texts, test_texts = read_documents(args.train, args.limit), read_documents(args.test, args.limit)
-    tokenizer = train_tokenizer(train_texts, args.vocab, args.context)
-    for text in test_texts[:100]:
-        if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) != text:
-            raise SystemExit(f"the tokenizer does not give this text back: {text!r}")
-    documents, test = (encode(tokenizer, texts, args.context) for texts in (train_texts, test_texts))
-    dropped = len(train_texts) - len(documents), len(test_texts) - len(test)
+
+def measure(args, result, documents, selecting, unseen, test_texts, device) -> None:
+    """Measures what a user of the folder will get, the saved bf16 weights and tokenizer; writes metrics and card."""
+    test = [*selecting, *unseen]
     train_tokens = sum(map(len, documents))
-    print(f"{len(documents)} training problems, {train_tokens:,} tokens; {len(test)} held-out problems")
-    print(f"too long for the context and left out: {dropped[0]} training, {dropped[1]} held-out problems")
-
-    model = make_model(args, tokenizer).to(device)
-    if args.init_from:
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
-    add_dropout(model, args.dropout)
-    parameters = sum(p.numel() for p in model.parameters())  # tied embeddings are counted once
-    print(f"{parameters:,} parameters, {parameters * 2 / 1e6:.1f} MB in bf16", flush=True)
-    selecting, unseen = test[::2], test[1::2]  # only the first half has a say in which checkpoint is kept
-    result = train(args, model, tokenizer, documents, selecting, device)
-
-    # From here on, only what a user of the folder will get: the saved bf16 weights and the saved tokenizer.
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32).to(device).eval()
 
@@ -349,7 +335,7 @@ def main() -> None:
 
     losses = [evaluate(model, part, tokenizer.bos_token_id, tokenizer.pad_token_id) for part in (selecting, unseen)]
     metrics = {
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "weights_bytes": (args.output / "model.safetensors").stat().st_size,
         "test": summary(losses, test),
         "test_unselected": summary(losses[1:], unseen),
@@ -391,11 +377,47 @@ def main() -> None:
             "train_problems": len(documents),
             "train_tokens": train_tokens,
         },
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("train", "test", "output")},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("train", "test", "output", "init_from")},
+        "earlier_run": earlier_run(args.init_from),
     }
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_card(args.output, metrics)
     print(f"wrote {args.output}: " + ", ".join(sorted(p.name for p in args.output.iterdir())))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here needs it
+    transformers.utils.logging.disable_progress_bar()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    train_texts, test_texts = read_documents(args.train, args.limit), read_documents(args.test, args.limit)
+    tokenizer = train_tokenizer(train_texts, args.vocab, args.context)
+    for text in test_texts[:100]:
+        if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) != text:
+            raise SystemExit(f"the tokenizer does not give this text back: {text!r}")
+    documents, test = (encode(tokenizer, texts, args.context) for texts in (train_texts, test_texts))
+    dropped = len(train_texts) - len(documents), len(test_texts) - len(test)
+    train_tokens = sum(map(len, documents))
+    print(f"{len(documents)} training problems, {train_tokens:,} tokens; {len(test)} held-out problems")
+    print(f"too long for the context and left out: {dropped[0]} training, {dropped[1]} held-out problems")
+
+    model = make_model(args, tokenizer).to(device)
+    if args.init_from:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.init_from, dtype=torch.float32).state_dict())
+    add_dropout(model, args.dropout)
+    parameters = sum(p.numel() for p in model.parameters())  # tied embeddings are counted once
+    print(f"{parameters:,} parameters, {parameters * 2 / 1e6:.1f} MB in bf16", flush=True)
+    selecting, unseen = test[::2], test[1::2]  # only the first half has a say in which checkpoint is kept
+    result = train(args, model, tokenizer, documents, selecting, device)
+    measure(args, result, documents, selecting, unseen, test_texts, device)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_drawn_token_is_one_hf_could_draw(logits, temperature, top_k, top_p, min
         "top_p": min(1.0, top_p + 1e-5),
         "min_p": None if min_p is None else max(0.0, min_p - 1e-5),
     }
-    # Which of several equal scores top-p keeps is up to torch's unstable sort: any token as likely as a kept one is fine.
+    # Which of several equal scores top-p keeps is up to torch's unstable sort: any as likely as a kept one is fine.
     least = values[hf_probabilities(values, loose) > 0].min()
     sampler = Sampler(GenerationSettings(do_sample=True, seed=seed, **options), 1)
     for _ in range(5):
