@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from QEfficient.errors import PackageError
 from QEfficient.safetensors_io import SafetensorsWriter, read_header
@@ -67,7 +68,7 @@ def load_model(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
     # The ONNX parser raises its own protobuf errors besides these; all mean the same to a reader.
-    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError, DecodeError) as error:
         raise PackageError(f"{path} is not a readable ONNX model: {type(error).__name__}.") from None
     for value in model.graph.initializers.values():
         tensor = value.const_value

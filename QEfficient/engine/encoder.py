@@ -99,6 +99,9 @@ class CompiledEncoder(LoadedPackage):
         types = integer_matrix("token_type_ids", value)
         if types.shape != shape:
             raise InputError(f"token_type_ids has shape {types.shape}, input_ids {shape}: they must agree.")
+        kinds = self.manifest.model.get("token_types")
+        if takes and kinds and (types.min() < 0 or types.max() >= kinds):
+            raise InputError(f"token_type_ids must be from 0 to {kinds - 1} for this model.")
         if not takes and types.any():
             raise InputError("this model has no token types, but token_type_ids holds values other than 0.")
         return types if takes else None

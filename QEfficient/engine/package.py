@@ -31,6 +31,10 @@ SIDE_FILES = (
 )
 
 
+#: Beyond this a session spends its time starting threads; a mistyped number should not look like a hang.
+MAX_THREADS = 256
+
+
 class LoadedPackage:
     """A package ready to run. Use as a context manager, or call `close` to free its memory."""
 
@@ -81,6 +85,8 @@ def open_package(directory: str | Path, *, verify: bool = True, threads: int | N
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise OptionError(f"threads must be an integer of at least 1, or None for every core, got {threads!r}.")
+    if threads is not None and threads > MAX_THREADS:
+        raise OptionError(f"threads={threads} is more than any machine here can use: pass at most {MAX_THREADS}.")
     place = Path(directory).expanduser()
     manifest = Manifest.load(place)
     verify_files(place, manifest, digests=verify)

@@ -96,16 +96,20 @@ class CompiledCausalLM(LoadedPackage):
                 )
             settings["max_new_tokens"] = generation_len
         resolved = GenerationSettings.resolve(self.generation_defaults, generation_config, settings)
+        # A length the caller wrote is kept or refused; one from the checkpoint's own defaults gives way to the context.
+        asked = generation_config is not None or not {"max_new_tokens", "max_length"}.isdisjoint(settings)
         if input_ids is not None:
-            return self._from_ids(input_ids, attention_mask, resolved, tokenizer, streamer, stream, stopping_criteria)
+            return self._from_ids(
+                input_ids, attention_mask, resolved, asked, tokenizer, streamer, stream, stopping_criteria
+            )
         if attention_mask is not None:
             raise InputError("attention_mask goes with input_ids, not with prompts.")
         text = self.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
         rows = self._encode(text, prompts, messages)
-        if settings.get("max_new_tokens") is None and settings.get("max_length") is None and generation_config is None:
-            limits = [self._loop.room(len(row)) for row in rows]
+        if asked:
+            limits = [self._limit(resolved, len(row), len(row), None, asked) for row in rows]
         else:
-            limits = [self._limit(resolved, len(row), len(row), None) for row in rows]
+            limits = [self._loop.room(len(row)) for row in rows]
         requests, timings = self._run(rows, limits, resolved, text, streamer, stream, stopping_criteria, None)
         texts = [r.stopping.cut(0, text.decode(r.generated.tolist(), skip_special_tokens=True)) for r in requests]
         self.last_metrics = _metrics(requests, timings)
@@ -117,6 +121,7 @@ class CompiledCausalLM(LoadedPackage):
         input_ids: Any,
         attention_mask: Any,
         settings: GenerationSettings,
+        asked: bool,
         tokenizer: object | None,
         streamer: Any,
         stream: bool,
@@ -128,7 +133,7 @@ class CompiledCausalLM(LoadedPackage):
             attention_mask = (ids != pad).astype(np.int64)  # as Hugging Face reads padding without a mask
         mask = mask_matrix(attention_mask, ids.shape)
         rows = [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        limits = [self._limit(settings, ids.shape[1], len(row), HF_DEFAULT_NEW_TOKENS) for row in rows]
+        limits = [self._limit(settings, ids.shape[1], len(row), HF_DEFAULT_NEW_TOKENS, asked) for row in rows]
         text: TextTokenizer | None = None
         if tokenizer is not None:
             text = as_tokenizer(tokenizer)
@@ -213,18 +218,18 @@ class CompiledCausalLM(LoadedPackage):
                 raise InputError(f"prompt {number} has no tokens: pass some text.")
         return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
-    def _limit(self, settings: GenerationSettings, counted: int, length: int, default: int | None) -> int:
+    def _limit(self, settings: GenerationSettings, counted: int, length: int, default: int | None, asked: bool) -> int:
         """Most new tokens of a row of ``length`` tokens; ``counted`` is what ``max_length`` counts (padding too)."""
         room = self._loop.room(length)
-        asked = settings.new_tokens(counted)
-        if asked is None:
+        wanted = settings.new_tokens(counted)
+        if wanted is None:
             return min(default, room) if default is not None else room
-        if asked > room:
+        if wanted > room and asked:
             raise ContextLengthError(
-                f"a prompt of {length} tokens and {asked} new ones do not fit ctx_len={self.ctx_len}: ask for at most "
-                f"{room} or compile with ctx_len={length + asked}."
+                f"a prompt of {length} tokens and {wanted} new ones do not fit ctx_len={self.ctx_len}: ask for at most "
+                f"{room} or compile with ctx_len={length + wanted}."
             )
-        return asked
+        return min(wanted, room)
 
     def _check_ids(self, rows: list[np.ndarray]) -> None:
         vocabulary = self.manifest.model.get("vocab_size")

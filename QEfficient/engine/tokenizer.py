@@ -248,6 +248,10 @@ def as_tokenizer(tokenizer: object) -> TextTokenizer:
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise InputError(f"The text to encode must be a string, got {type(text).__name__}: encode one text at a time.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("The text holds half a character (a lone surrogate): pass valid UTF-8.") from None
 
 
 def _flat_ids(ids: Any) -> list[int]:

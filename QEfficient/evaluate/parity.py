@@ -60,7 +60,7 @@ def validate(
         raise InputError(f"tokens must be at least 1, got {tokens}.")
     package = model._ready()
     rows = _rows(given[0] if given else None, package)
-    if model.onnx_path is None:
+    if model.onnx_path is None or not model.onnx_path.is_file():
         model.export()
     if model.task == "text-generation":
         stages, compared = _causal(model, package, rows, tokens, tolerance)
@@ -94,7 +94,7 @@ def _causal(
     model: QEFFTransformersBase, package: LoadedPackage, rows: list[np.ndarray], tokens: int, tolerance: float
 ) -> tuple[list[StageResult], str]:
     capacity = package.ctx_len  # type: ignore[attr-defined]
-    rows = [row[: capacity - 1] for row in rows]
+    _refuse_long(rows, capacity, "ctx_len")
     counts = [min(tokens, capacity - len(row) + 1) for row in rows]
     references = [_hf_greedy(model, row, count) for row, count in zip(rows, counts, strict=True)]
     interface = Interface.load(model.onnx_path.parent)  # type: ignore[union-attr]
@@ -112,7 +112,15 @@ def _causal(
             equal += int((steps.argmax(-1) == chosen).sum()) + _excused(steps, logits, chosen, tolerance)
         reference = np.concatenate([logits for _, logits in references])
         stages.append(compare(name, reference, np.concatenate(found), tolerance, (equal, sum(counts))))
-    return stages, f"logits of {sum(counts)} greedy steps over {len(rows)} prompts"
+    short = f" (not {tokens} each: the context ends)" if min(counts) < tokens else ""
+    return stages, f"logits of {sum(counts)} greedy steps over {len(rows)} prompts{short}"
+
+
+def _refuse_long(rows: list[np.ndarray], limit: int | None, option: str) -> None:
+    """Proof about half a text is no proof: InputError instead of a silent cut."""
+    longest = max(len(row) for row in rows)
+    if limit is not None and longest > limit:
+        raise InputError(f"a text of {longest} tokens does not fit {option}={limit}: shorten it or compile with more.")
 
 
 def _excused(steps: np.ndarray, reference: np.ndarray, chosen: np.ndarray, tolerance: float) -> int:
@@ -182,7 +190,7 @@ def _encoder(
     import torch
 
     limit = package.max_length  # type: ignore[attr-defined]
-    rows = [row[:limit] for row in rows]
+    _refuse_long(rows, limit, "seq_len")
     width = max(len(row) for row in rows)
     ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):

@@ -143,6 +143,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": getattr(config, "vocab_size", None),
         "hidden_size": getattr(config, "hidden_size", None),
         "max_positions": max_positions(model),
+        "token_types": getattr(config, "type_vocab_size", None),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     labels = getattr(model.config, "id2label", None)

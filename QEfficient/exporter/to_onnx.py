@@ -20,6 +20,17 @@ from QEfficient.exporter.translations import translations
 #: Attention exists from 23 on; 24 would keep torch from fusing nothing we use, but has no advantage yet.
 OPSET = 23
 
+#: torch raises a wide family here (dynamo, fx, symbolic shapes, onnx), and so does a user's pooling function.
+_NOT_EXPORTABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+
 
 def to_onnx(
     module: torch.nn.Module,
@@ -59,8 +70,7 @@ def to_onnx(
                 optimize=False,
                 verbose=False,
             )
-        # torch raises a wide family here (dynamo, fx, symbolic shapes, onnx); all of them mean "not exportable".
-        except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, NotImplementedError) as error:
+        except _NOT_EXPORTABLE as error:
             raise ExportError(_explain(module, error)) from error
         if program is None:
             raise ExportError("torch.onnx returned no program.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from QEfficient.errors import ModelLoadError, OptionError, TargetUnavailableError
+from QEfficient.errors import ModelLoadError, OptionError, PackageError, TargetUnavailableError
 from QEfficient.exporter.interface import Interface
 from QEfficient.exporter.quiet import quiet
 from QEfficient.models import keys
@@ -265,16 +265,23 @@ class QEFFTransformersBase(QEFFBaseModel):
 
     def _ready(self) -> LoadedPackage:
         """The loaded package; compiles with defaults first when needed."""
-        if self._package is None:
-            self.compile()
         if self._loaded is None:
             from QEfficient.engine.package import open_package
 
-            if self._package is None:
-                raise OptionError("compile() left no package")
             # The cache has just checked it.
-            self._loaded = open_package(self._package, verify=False)
+            self._loaded = open_package(self._compiled(), verify=False)
         return self._loaded
+
+    def _compiled(self) -> Path:
+        """The package directory; compiles with defaults when there was no compile yet.
+
+        Raises:
+            PackageError: the package was removed after it was compiled.
+        """
+        package = self._package or self.compile()
+        if not package.is_dir():
+            raise PackageError(f"{package} was removed after compiling (by cache gc?): call compile() again.")
+        return package
 
     @abstractmethod
     def transformed(self) -> TransformedModel:
@@ -289,9 +296,7 @@ class QEFFTransformersBase(QEFFBaseModel):
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Copies the compiled package to a directory of its own, which `QEfficient.load` runs anywhere."""
         check_destination(Path(save_directory))
-        if self._package is None:
-            self.compile()
-        return copy_entry(self._package, Path(save_directory))  # type: ignore[arg-type]
+        return copy_entry(self._compiled(), Path(save_directory))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Uploads the compiled package to the Hugging Face hub; returns the address of the commit.

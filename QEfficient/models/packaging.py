@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from QEfficient.errors import OptionError
+from QEfficient.errors import OptionError, PackageError, TransformError
 from QEfficient.exporter.interface import INTERFACE_FILE, ONNX_FILE, Interface
 from QEfficient.models import keys
 from QEfficient.progress import Progress
@@ -161,6 +161,8 @@ def _build(
         onnx_path, records = _transformed(directory / ONNX_FILE, queue, Path(scratch), report)
         manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
     manifest = manifest.replace(transforms=records)
+    if queue:
+        _try_loading(target, place, manifest, queue)
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in _EXPORT_ONLY and path.suffix != ".safetensors":
             copy_file(path, place / path.name)
@@ -172,6 +174,15 @@ def _build(
         digests[path.relative_to(place).as_posix()] = known.get(_identity(path)) or file_digest(path)
     manifest.replace(files={n: FileRecord((place / n).stat().st_size, d) for n, d in digests.items()}).save(place)
     return {"digests": digests, "meta": {"target": target.name, "task": interface.task}}
+
+
+def _try_loading(target: Target, place: Path, manifest: Manifest, queue: Sequence[OnnxTransform]) -> None:
+    """Opens what the transforms left once, so that a graph they broke never becomes a package."""
+    try:
+        target.load(place, manifest).close()
+    except PackageError as error:
+        names = ", ".join(transform.name for transform in queue)
+        raise TransformError(f"the graph is not valid any more after the transforms {names}: {error}") from error
 
 
 def _identity(path: Path) -> tuple[int, int]:

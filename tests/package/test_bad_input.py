@@ -472,11 +472,11 @@ def test_file_size_limit_while_exporting_and_compiling(llama, tmp_path):
     """The limit of a process stands for a full disk: the same refusal of a write, at a place of our choice."""
     script = """
 model = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1], cache_home_dir=home)
-limit(100_000)
+limit(20_000)
 reports = [attempt(model.export)]
 limit(resource.RLIM_INFINITY)
 reports.append(attempt(model.export))
-limit(100_000)
+limit(20_000)
 reports.append(attempt(lambda: model.compile(ctx_len=32)))
 limit(resource.RLIM_INFINITY)
 reports.append(attempt(lambda: model.compile(ctx_len=32)))
@@ -513,7 +513,7 @@ home.mkdir(exist_ok=True)
 model = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1], cache_home_dir=home)
 print(json.dumps([attempt(lambda: model.compile(ctx_len=32))]))
 """
-    (report,) = in_child(script, llama.checkpoint, home, *mounted("size=400k"))
+    (report,) = in_child(script, llama.checkpoint, home, *mounted("size=100k"))
     no_space(report, home)
     assert report["left"] == []
     script = """

@@ -21,6 +21,8 @@ class CausalStep(nn.Module):
 
     Inputs: ``input_ids`` and ``position_ids`` int64 [batch, seq] (position -1 = padding or idle row), the state
     tensors, and ``batch_index`` int64 [batch, 1] when rows address slots.
+    Padding goes to the right of a row's tokens: layers with recurrent state look at the first column to see whether a
+    row begins.
     Outputs: ``logits`` [batch, 1, vocab] of each row's last real token, then the new states.
     """
 
