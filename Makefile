@@ -48,7 +48,7 @@ model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (abou
 
 .PHONY: kill-test
 kill-test: $(STAMP)  ## Kill exports and compiles 30 times at random moments and check that nothing is left half-done
-	$(BIN)/python benchmarks/kill_test.py
+	$(BIN)/python benchmarks/kill_test.py examples/demo_model/model
 
 .PHONY: clean
 clean:  ## Remove the environment and caches of tools
