@@ -14,7 +14,6 @@ from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import FinishReason, Stopping
 from QEfficient.errors import ContextLengthError, PackageError
 from QEfficient.targets.base import Session
-from QEfficient.targets.manifest import DimRange
 
 PREFILL, DECODE = "Prefill", "Decode"
 
@@ -242,8 +241,3 @@ class TokenLoop:
                 on_token(request, token, ended)
             if ended:
                 active[slot] = None
-
-
-def exact(range_: DimRange) -> bool:
-    """Whether a dimension has one compiled size only."""
-    return range_.exact is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from QEfficient.engine.arrays import integer_matrix, mask_matrix, same_kind
+from QEfficient.engine.json_file import read_object
 from QEfficient.engine.loop import Request, Timings, TokenLoop
 from QEfficient.engine.package import LoadedPackage
 from QEfficient.engine.results import GenerationMetrics, GenerationResult, peak_rss_mb
@@ -17,7 +17,7 @@ from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import Criterion, Stopping
 from QEfficient.engine.streaming import ConsoleStreamer, StreamerAdapter
 from QEfficient.engine.tokenizer import TextTokenizer, as_tokenizer
-from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError
+from QEfficient.errors import ContextLengthError, InputError, OptionError
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
 
@@ -31,7 +31,7 @@ class CompiledCausalLM(LoadedPackage):
     def __init__(self, directory: Path, manifest: Manifest, session: Session) -> None:
         super().__init__(directory, manifest, session)
         self._loop = TokenLoop(session)
-        self.generation_defaults = _read_defaults(directory / "generation_config.json")
+        self.generation_defaults = read_object(directory / "generation_config.json")
         #: Metrics of the last call, for the form that returns ids only.
         self.last_metrics: GenerationMetrics | None = None
 
@@ -239,18 +239,6 @@ class CompiledCausalLM(LoadedPackage):
                     f"row {number} holds token id {row.min() if row.min() < 0 else row.max()}, outside the model's "
                     f"vocabulary of {vocabulary}: was it made by another model's tokenizer?"
                 )
-
-
-def _read_defaults(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise PackageError(f"{path} is not a JSON object: the package is corrupt, compile it again.")
-    return body
 
 
 def _metrics(requests: list[Request], timings: Timings) -> GenerationMetrics:

@@ -14,6 +14,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
+from QEfficient.engine.json_file import read_object
 from QEfficient.errors import InputError, PackageError
 
 #: HF's ``SPECIAL_TOKENS_ATTRIBUTES``: what a tokenizer's config may name and a chat template may use.
@@ -106,10 +107,10 @@ class PackageTokenizer:
             if type(error) is not Exception:  # the Rust library raises just that for every malformed file
                 raise
             raise PackageError(f"{path} cannot be read ({error}): make the package again.") from None
-        config = _read_json(root / "tokenizer_config.json")
+        config = read_object(root / "tokenizer_config.json")
         named = dict(config)
         if "added_tokens_decoder" not in config:  # HF reads the older file only then
-            named.update(_read_json(root / "special_tokens_map.json"))
+            named.update(read_object(root / "special_tokens_map.json"))
         special = {name: text for name in _SPECIAL if (text := _token_text(named.get(name))) is not None}
         # HF skips clean-up for BPE, where it would eat real spaces.
         clean_up = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
@@ -265,18 +266,6 @@ def _token_text(value: object) -> str | None:
     """The text of a special token: configs write it as a string or as an AddedToken's fields."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) and text else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise PackageError(f"{path} is not a JSON object: the package is corrupt, make it again.")
-    return body
 
 
 def _read_templates(root: Path, config: Mapping[str, Any]) -> dict[str, str]:

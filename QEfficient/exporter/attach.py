@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import onnx_ir as ir
 
 from QEfficient.errors import ExportError
@@ -26,16 +23,7 @@ _DTYPES = {
 _FLOATS = {ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-@dataclass
-class Attached:
-    """What `attach` did: files the graph now points into, by the location written in the graph."""
-
-    files: dict[str, Path] = field(default_factory=dict)
-    referenced: list[str] = field(default_factory=list)
-    inline: list[str] = field(default_factory=list)
-
-
-def attach(model: ir.Model, weights: WeightMap, parameters: set[str], aliases: dict[str, str]) -> Attached:
+def attach(model: ir.Model, weights: WeightMap, parameters: set[str], aliases: dict[str, str]) -> None:
     """Replaces initializers by external tensors; a stored dtype other than the graph's gets a Cast.
 
     Must run before any optimisation: until then all weightless parameters look like equal zeros.
@@ -48,52 +36,31 @@ def attach(model: ir.Model, weights: WeightMap, parameters: set[str], aliases: d
     Raises:
         ExportError: a parameter is missing from the weights or has another shape there.
     """
-    done = Attached()
     graph = model.graph
-    locations = _locations(weights)
     missing = []
     for name, value in list(graph.initializers.items()):
         ref = weights.get(name) or weights.get(aliases.get(name, ""))
         if ref is None:
             if name in parameters:
                 missing.append(name)
-            done.inline.append(name)
             continue
         wanted = value.const_value.shape if value.const_value is not None else value.shape
         if wanted is None or tuple(wanted.numpy()) != ref.shape:
             raise ExportError(f"{name} has shape {ref.shape} in the checkpoint but {wanted} in the model.")
-        location = locations[ref.file]
-        done.files[location] = ref.file
-        done.referenced.append(name)
-        _point(graph, value, name, ref, location)
+        _point(graph, value, name, ref)
     if missing:
         raise ExportError(
             f"the checkpoint lacks {len(missing)} of the model's weights, e.g. {missing[0]}: it was made for another "
             "model class or is incomplete."
         )
-    return done
 
 
-def _locations(weights: WeightMap) -> dict[Path, str]:
-    """File -> name beside the graph; files of one name from two places get numbered."""
-    out: dict[Path, str] = {}
-    taken: set[str] = set()
-    for file in dict.fromkeys(ref.file for ref in weights.values()):
-        name, n = file.name, 1
-        while name in taken:
-            n += 1
-            name = f"{file.stem}-{n}{file.suffix}"
-        taken.add(name)
-        out[file] = name
-    return out
-
-
-def _point(graph: ir.Graph, value: ir.Value, name: str, ref: TensorRef, location: str) -> None:
+def _point(graph: ir.Graph, value: ir.Value, name: str, ref: TensorRef) -> None:
     stored = _DTYPES.get(ref.dtype)
     if stored is None:
         raise ExportError(f"{name} is stored as {ref.dtype}, which this exporter cannot read.")
     wanted = value.dtype or (value.const_value.dtype if value.const_value is not None else stored)
-    tensor = FileTensor(ref.file, location, ref.offset, ref.length, stored, ir.Shape(ref.shape), name)
+    tensor = FileTensor(ref.file, ref.file.name, ref.offset, ref.length, stored, ir.Shape(ref.shape), name)
     if stored == wanted:
         value.const_value = tensor
         value.shape = ir.Shape(ref.shape)

@@ -17,7 +17,7 @@ from QEfficient.exporter.interface import ONNX_FILE, Interface
 from QEfficient.exporter.naming import name_dimensions, name_initializers
 from QEfficient.exporter.to_onnx import to_onnx
 from QEfficient.exporter.twins import meta_twin
-from QEfficient.onnx_io import save_model
+from QEfficient.onnx_io import save_model, weight_files
 from QEfficient.safetensors_io import WeightMap
 from QEfficient.store.files import place_file
 from QEfficient.targets.manifest import StateSpec, TensorSpec
@@ -180,8 +180,8 @@ def _finish(
     name_initializers(model)
     name_dimensions(model, dims)
     parameters = {name for name, _ in ghost.named_parameters(remove_duplicate=False)}
-    attached = attach(model, weights, parameters, _aliases(ghost, weights))
-    for location, file in attached.files.items():
+    attach(model, weights, parameters, _aliases(ghost, weights))
+    for location, file in weight_files(model).items():
         place_file(file, directory / location)
     clean_up(model)
     name_dimensions(model, dims)

@@ -62,20 +62,19 @@ class HostTarget:
 
     def compile(self, request: CompileRequest) -> Manifest:
         """Writes ``program.onnx`` and ``weights/``; marks the states that can be updated in their own buffer."""
-        from QEfficient.onnx_io import file_tensors, load_model, save_model
+        from QEfficient.onnx_io import file_tensors, load_model, save_model, weight_files
         from QEfficient.store.files import place_file
         from QEfficient.targets.host_program import in_place_states
 
         model = load_model(request.onnx_path)
-        tensors = file_tensors(model)
-        files = {tensor.location: tensor.file for tensor in tensors.values()}
+        files = weight_files(model)
         if files:
             (request.directory / WEIGHTS_DIR).mkdir()
         for number, (location, file) in enumerate(files.items()):
             request.progress("placing weights", number, len(files))
             place_file(file, request.directory / WEIGHTS_DIR / Path(location).name)
         request.progress("placing weights", len(files), len(files))
-        for tensor in tensors.values():
+        for tensor in file_tensors(model).values():
             tensor.location = f"{WEIGHTS_DIR}/{Path(tensor.location).name}"
         save_model(model, request.directory / PROGRAM_FILE)
         aliased = in_place_states(model, request.manifest.states)
