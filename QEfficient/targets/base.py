@@ -36,6 +36,15 @@ class Session(Protocol):
         A row's state counts as empty until it is fed a token at position 0; nothing needs clearing between requests.
         """
 
+    def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
+        """Sets inputs the manifest lists as ``parameters``; they hold until set again, those not named keep theirs.
+
+        A target whose memory is the host's reads the arrays in place: change their contents and the next step sees it.
+
+        Raises:
+            InputError: a name, dtype or shape differs from the manifest.
+        """
+
     def run(self, feeds: Mapping[str, np.ndarray], specialization: str) -> dict[str, np.ndarray]:
         """Runs one step and returns the outputs that are not retained state.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from QEfficient.errors import InputError, PackageError, QEfficientError, ShapeError
+from QEfficient.suggest import did_you_mean
 from QEfficient.targets.manifest import Manifest, Specialization, StateSpec, TensorSpec
 
 
@@ -26,6 +28,7 @@ class HostSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        _set_up(options, manifest.runtime)
         path = directory / manifest.program
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -34,6 +37,7 @@ class HostSession:
             raise PackageError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from None
         self._binding = self._session.io_binding()
         self._inputs = {spec.name: spec for spec in manifest.inputs}
+        self._parameters: dict[str, np.ndarray] = {}
         self._sizes: dict[str, int] = {}
         self._buffers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._outputs: dict[str, np.ndarray] = {}
@@ -61,12 +65,34 @@ class HostSession:
         self._outputs, self._bound = {}, []
         for state in self.manifest.states:
             self._bind_state(state)
+        for name, array in self._parameters.items():
+            self._bind(self._binding.bind_input, name, array)
+
+    def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `Session.set_parameters`. Arrays that are contiguous and of the right dtype are not copied."""
+        self._check_open()
+        known = {spec.name: spec for spec in self.manifest.parameters}
+        for name, array in values.items():
+            spec = known.get(name)
+            if spec is None:
+                raise InputError(f"the program has no parameter {name!r}.{did_you_mean(name, known)}")
+            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+                found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise InputError(f"parameter {name} must be {spec.dtype} {spec.shape}, got {found}.")
+        for name, array in values.items():
+            self._parameters[name] = np.ascontiguousarray(array)
+            self._bind(self._binding.bind_input, name, self._parameters[name])
 
     def run(self, feeds: Mapping[str, np.ndarray], specialization: str) -> dict[str, np.ndarray]:
         """See `Session.run`. Returned arrays are overwritten by the next call with the same shapes."""
         self._check_open()
         if self.manifest.states and not self._buffers:
             raise QEfficientError("call begin() before run(): this program keeps state between steps.")
+        if len(self._parameters) < len(self.manifest.parameters):
+            unset = [spec.name for spec in self.manifest.parameters if spec.name not in self._parameters]
+            raise QEfficientError(
+                f"call set_parameters() before run(): {unset[0]} and {len(unset) - 1} more are unset."
+            )
         symbols = self._check(feeds, self.manifest.specialization(specialization))
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         for name, array in arrays.items():
@@ -175,3 +201,16 @@ _ORT_ERRORS = (
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:300]
+
+
+def _set_up(options: ort.SessionOptions, runtime: Mapping[str, Any]) -> None:
+    """Applies what the host target recorded in the manifest when it compiled; an absent entry means ORT's default."""
+    if not runtime.get("arena", True):
+        # Freed memory goes back at once; with the pattern planner on, ORT would reserve the peak up front again.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+    if not runtime.get("prepacking", True):
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if runtime.get("order") == "priority":
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.use_deterministic_compute = bool(runtime.get("deterministic", False))

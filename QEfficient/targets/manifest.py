@@ -113,6 +113,10 @@ class Manifest:
     options: dict[str, Any]
     transforms: list[dict[str, Any]]
     libraries: dict[str, str]
+    #: Inputs a session holds between steps (adapter tensors, trained tensors) until they are set anew.
+    parameters: tuple[TensorSpec, ...] = ()
+    #: How the target's runtime should be set up for this program; only that target reads it.
+    runtime: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     stand_in: bool = False
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -178,8 +182,9 @@ def _digest(body: dict[str, Any]) -> str:
 def _from_json(body: dict[str, Any]) -> Manifest:
     fields = {f.name for f in dataclasses.fields(Manifest)}
     values = {k: v for k, v in body.items() if k in fields}
-    values["inputs"] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values["inputs"])
-    values["outputs"] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values["outputs"])
+    for kind in ("inputs", "outputs", "parameters"):
+        specs = values.get(kind, ())
+        values[kind] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in specs)
     values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in values["states"])
     values["specializations"] = tuple(
         Specialization(s["name"], {k: DimRange(**r) for k, r in s["symbols"].items()})

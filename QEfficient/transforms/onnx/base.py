@@ -38,6 +38,9 @@ class OnnxTransform(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    #: Whether `apply` may add or remove graph inputs and outputs. The queue refuses that of any other transform,
+    #: because a package's interface is fixed before it runs.
+    changes_interface: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
