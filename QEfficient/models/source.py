@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Configuration entries that say who wrote the file, not what the model computes.
-_VOLATILE = {
+VOLATILE = {
     "transformers_version",
     "_name_or_path",
     "_commit_hash",
@@ -107,7 +107,7 @@ class CheckpointSource(ModelSource):
             code = {p.name: blake3(p.read_bytes()).hexdigest() for p in sorted(self.directory.glob("*.py"))}
         return {
             "kind": "checkpoint",
-            "config": {k: v for k, v in self._config.items() if k not in _VOLATILE},
+            "config": {k: v for k, v in self._config.items() if k not in VOLATILE},
             "weights": self.weight_digests(memo),
             "code": code,
         }
@@ -180,7 +180,7 @@ class MemorySource(ModelSource):
         return {
             "kind": "memory",
             "class": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
-            "config": {k: v for k, v in self.raw_config().items() if k not in _VOLATILE},
+            "config": {k: v for k, v in self.raw_config().items() if k not in VOLATILE},
             "weights": json_digest(digests),
         }
 

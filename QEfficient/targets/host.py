@@ -19,6 +19,9 @@ WEIGHTS_DIR = "weights"
 
 #: Prompt tokens per step when nothing is asked for: enough rows for the matrix kernels to reach their speed.
 DEFAULT_PREFILL = 128
+#: A training step keeps many activations for a while: returning memory at once halves its peak, weights stay mapped
+#: instead of being repacked, nodes run in the graph's order, and the same inputs give the same bits.
+TRAINING_RUNTIME = {"arena": False, "prepacking": False, "order": "priority", "deterministic": True}
 
 
 class HostTarget:
@@ -43,6 +46,13 @@ class HostTarget:
 
     def specializations(self, options: CompileOptions, task: str) -> tuple[Specialization, ...]:
         """The host runs any shape inside a bound: nothing is padded to a compiled size."""
+        if task == "training":
+            length = max(options.seq_len) if options.seq_len else None
+            return (
+                Specialization(
+                    "Train", {"batch_size": DimRange(1, options.batch_size), "seq_len": DimRange(1, length)}
+                ),
+            )
         if task != "text-generation":
             batch = DimRange(1, options.batch_size)
             return tuple(
@@ -78,7 +88,8 @@ class HostTarget:
             tensor.location = f"{WEIGHTS_DIR}/{Path(tensor.location).name}"
         save_model(model, request.directory / PROGRAM_FILE)
         aliased = in_place_states(model, request.manifest.states)
-        return request.manifest.replace(program=PROGRAM_FILE, states=aliased)
+        runtime = TRAINING_RUNTIME if request.manifest.task == "training" else {}
+        return request.manifest.replace(program=PROGRAM_FILE, states=aliased, runtime=runtime)
 
     def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> HostSession:
         if manifest.target != self.name:

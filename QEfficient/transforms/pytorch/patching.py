@@ -20,13 +20,13 @@ NAME = "qeff"
 
 
 @contextlib.contextmanager
-def _registered() -> Iterator[None]:
+def registered(attention: Any, mask: Any, eager_mask: Any) -> Iterator[None]:
     """Registers attention and masks. 'eager' and 'sdpa' masks too: models with hard-coded attention ask for those."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     attentions = ALL_ATTENTION_FUNCTIONS._global_mapping
     saved = dict(masks), dict(attentions)
-    masks.update({NAME: boolean_mask, "sdpa": boolean_mask, "eager": additive_mask})
-    attentions[NAME] = attention_function
+    masks.update({NAME: mask, "sdpa": mask, "eager": eager_mask})
+    attentions[NAME] = attention
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def _scans_replaced(model: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def patched(model: torch.nn.Module) -> Iterator[None]:
     """All replacements, for the body. ``model`` must own its config (see `use_our_attention`)."""
-    with _registered(), _scans_replaced(model):
+    with registered(attention_function, boolean_mask, additive_mask), _scans_replaced(model):
         yield
 
 

@@ -1,0 +1,92 @@
+"""PEFT adapters as an exporter sees them: tensors under their file keys, and LoRA's scaling as one vector."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+#: What `PeftModel` puts before the wrapped model's own names, and so before every key of an adapter file.
+FILE_PREFIX = "base_model.model."
+#: The graph input that holds every LoRA module's scaling: float32 [number of modules], in the order of `lora_modules`.
+SCALING_INPUT = "lora_scaling"
+#: Name parts that PEFT inserts between a module and the weights it had before.
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+
+
+def adapter_parameters(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    """The parameters of one adapter under their keys in ``adapter_model.safetensors``.
+
+    The parameters are the model's own objects, not copies; ``modules_to_save`` and biases that the adapter trains are
+    among them, under the key PEFT saves them with.
+
+    Raises:
+        KeyError: the model has no adapter of this name.
+    """
+    from peft import get_peft_model_state_dict
+
+    if adapter_name not in peft_model.peft_config:  # type: ignore[operator]  # a dict, which nn.Module cannot know
+        raise KeyError(f"no adapter {adapter_name!r}; this model has {list(peft_model.peft_config)}")  # type: ignore[arg-type]
+    # Parameters instead of a state dict's detached tensors; tied ones keep both names.
+    own = dict(peft_model.named_parameters(remove_duplicate=False))
+    found = get_peft_model_state_dict(
+        peft_model, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return dict(found)
+
+
+def lora_modules(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """(name, module) of every LoRA layer, sorted by name: the order of the scaling vector.
+
+    Names are those of ``model.named_modules()``; for a `PeftModel` they begin with `FILE_PREFIX`.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    return sorted(
+        ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)),
+        key=lambda pair: pair[0],
+    )
+
+
+def scaling_vector(peft_model: nn.Module, adapter_name: str = "default") -> np.ndarray:
+    """float32 [number of LoRA modules]: what each multiplies its ``B A x`` by; 0 where the adapter has no tensors.
+
+    PEFT computes the numbers, so that ``lora_alpha``, rank, ``use_rslora`` and the patterns are all in them.
+    """
+    scalings = [float(module.scaling.get(adapter_name, 0.0)) for _, module in lora_modules(peft_model)]
+    return np.array(scalings, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def scaling_as_input(model: nn.Module, adapter_name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """While open, LoRA module ``i`` of `lora_modules` multiplies by ``tensor[i]``, so that a trace sees an input.
+
+    Args:
+        tensor: float [number of LoRA modules].
+    """
+    changed: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for i, (_, module) in enumerate(lora_modules(model)):
+            if adapter_name in module.scaling:
+                changed.append((module.scaling, module.scaling[adapter_name]))
+                module.scaling[adapter_name] = tensor[i]
+        yield
+    finally:
+        for scaling, value in changed:
+            scaling[adapter_name] = value
+
+
+def base_name(name: str) -> str:
+    """A base model's parameter as its checkpoint calls it: ``base_model.model.X.base_layer.weight`` -> ``X.weight``.
+
+    A name without PEFT's parts comes back as it is, so that injected models without the prefix work as well.
+    """
+    return _WRAPPED.sub("", name.removeprefix(FILE_PREFIX))

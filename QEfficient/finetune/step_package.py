@@ -1,0 +1,179 @@
+"""Step model -> compiled packages: one that returns gradients, one for evaluation, both from one capture."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import OptionError
+from QEfficient.exporter.adapters import base_name
+from QEfficient.exporter.interface import Interface
+from QEfficient.exporter.training.program import capture_step, write_training_graph
+from QEfficient.finetune.step_model import StepModel
+from QEfficient.models import keys
+from QEfficient.models.packaging import compile_export
+from QEfficient.onnx_io import load_model, save_model, weight_files
+from QEfficient.progress import Progress, silent
+from QEfficient.store.digest import json_digest
+from QEfficient.store.files import place_file
+from QEfficient.store.store import ArtifactStore
+from QEfficient.targets.options import CompileOptions
+from QEfficient.transforms.onnx.base import OnnxTransform
+from QEfficient.transforms.onnx.forward_only import ForwardOnly
+from QEfficient.transforms.onnx.queue import TransformLike, resolve
+
+logger = logging.getLogger("QEfficient")
+
+EXPORTS = "exports"
+#: How the frozen weights of a package are stored.
+BASE_WEIGHTS = ("fp32", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a training step is built. Sizes are upper bounds on the host and exact on fixed-shape targets.
+
+    Attributes:
+        target: ``host`` or another registered target.
+        batch_size: rows of a micro-batch; None means any number on the host.
+        seq_len: tokens of a row (``max_ctx_len``); None means up to the model's positions.
+        recompute: run each layer's forward pass again before its backward pass instead of keeping its activations.
+        base_weights: ``fp32`` keeps the checkpoint's own precision, ``int8`` and ``int4`` quantize what is frozen.
+        block_size: columns that share a scale in ``int4``.
+        loss_chunks: parts in which the vocabulary projection is done, so that only one part's logits exist; 1 is whole.
+        teacher_top: K of the distillation inputs; 0 leaves them out.
+        transforms: the user's own ONNX transforms, run last.
+    """
+
+    target: str = "host"
+    batch_size: int | None = None
+    seq_len: int | None = None
+    recompute: bool = False
+    base_weights: str = "fp32"
+    block_size: int = 32
+    loss_chunks: int = 1
+    teacher_top: int = 0
+    transforms: tuple[TransformLike, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.base_weights not in BASE_WEIGHTS:
+            raise OptionError(f"base_weights must be one of {BASE_WEIGHTS}, got {self.base_weights!r}.")
+        for name in ("batch_size", "seq_len", "block_size", "loss_chunks"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.teacher_top, bool) or not isinstance(self.teacher_top, int) or self.teacher_top < 0:
+            raise OptionError(f"teacher_top must be an integer of at least 0, got {self.teacher_top!r}.")
+
+    def queue(self) -> list[OnnxTransform]:
+        """The ONNX transforms of the gradient package, in the order they run."""
+        chosen: list[TransformLike] = []
+        if self.base_weights != "fp32":
+            bits = {"int8": 8, "int4": 4}[self.base_weights]
+            chosen.append(f"QuantizeBase:bits={bits},block_size={self.block_size}")
+        if self.loss_chunks > 1:
+            chosen.append(f"ChunkedLoss:chunks={self.loss_chunks}")
+        if self.recompute:
+            chosen.append("Recompute")
+        if self.target != "host":  # ONNX Runtime takes every operator a step has
+            chosen.append(f"FixTrainingOps:profile={self.target}")
+        return resolve([*chosen, *self.transforms])
+
+    def compile_options(self) -> CompileOptions:
+        lengths = None if self.seq_len is None else (self.seq_len,)
+        return CompileOptions(target=self.target, batch_size=self.batch_size, seq_len=lengths)
+
+
+@dataclass(frozen=True)
+class StepPackages:
+    """Where the stages' products are.
+
+    Attributes:
+        graph: directory of the exported joint graph (``model.onnx``, ``interface.json``).
+        train: the compiled package that returns gradients.
+        evaluate: the compiled package without a backward pass.
+    """
+
+    graph: Path
+    train: Path
+    evaluate: Path
+
+
+def build_step(model: StepModel, options: StepOptions, store: ArtifactStore, report: Progress = silent) -> StepPackages:
+    """Captures, transforms and compiles a training step, or finds what was made before in the store.
+
+    Raises:
+        ExportError: the model cannot be captured, or an operator has no ONNX form.
+        TransformError, OptionError, ArtifactWriteError: as their names say.
+    """
+    queue = options.queue()
+    asked = options.compile_options()
+    key, graph = export_step(model, store, report, teacher_top=options.teacher_top)
+    train = compile_export(store, graph, key, asked, queue, report)
+    forward_key, forward = _forward_graph(key, graph, store)
+    fit = [t for t in queue if t.name in ("QuantizeBase", "FixTrainingOps")]
+    evaluate = compile_export(store, forward, forward_key, asked, fit, report)
+    return StepPackages(graph, train, evaluate)
+
+
+def export_step(
+    model: StepModel, store: ArtifactStore, report: Progress = silent, *, teacher_top: int = 0
+) -> tuple[str, Path]:
+    """The exported joint graph: (key, directory)."""
+    key = json_digest(
+        {
+            "artefact": "training step",
+            "model": model.identity,
+            "teacher_top": teacher_top,
+            "libraries": keys.library_versions(),
+            "qefficient": keys.__version__,
+            "code": keys.code_digest(),
+        }
+    )
+
+    def build(directory: Path) -> dict[str, Any]:
+        report("capturing forward and backward", 0, 2)
+        names, trained = model.file_names, {model.file_names[name] for name in model.trained}
+        frozen = model.aliases()
+        graph = capture_step(model.step(teacher_top), lambda name: names.get(name) or base_name(name))
+        report("attaching weights", 1, 2)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch:
+            weights = {n: ref for n, ref in model.find_weights(Path(scratch)).items() if n not in trained}
+            facts = {**model.facts, "name": model.name, "trained_modules": list(model.trained)}
+            write_training_graph(graph, weights, frozen, directory, facts).save(directory)
+        return {"meta": {"libraries": keys.library_versions(), "task": "training"}}
+
+    waiting = lambda: report("waiting for another process", 0, 0)  # noqa: E731
+    return key, store.build(EXPORTS, key, build, f"{model.name} (training step, ONNX)", waiting)
+
+
+def _forward_graph(key: str, graph: Path, store: ArtifactStore) -> tuple[str, Path]:
+    """The joint graph without its gradients, as an export of its own."""
+    forward_key = json_digest({"artefact": "evaluation step", "of": key, "code": keys.code_digest()})
+
+    def build(directory: Path) -> None:
+        interface = Interface.load(graph)
+        model = load_model(graph / "model.onnx")
+        ForwardOnly().apply(model, directory)
+        for location, file in weight_files(model).items():
+            place_file(file, directory / location)
+        save_model(model, directory / "model.onnx")
+        kept = {str(value.name) for value in model.graph.outputs}
+        outputs = tuple(spec for spec in interface.outputs if spec.name in kept)
+        Interface(
+            interface.task, interface.inputs, outputs, (), {**interface.facts, "evaluation": True}, interface.parameters
+        ).save(directory)
+
+    label = f"{Interface.load(graph).facts['name']} (evaluation step, ONNX)"
+    return forward_key, store.build(EXPORTS, forward_key, build, label)
+
+
+def transform_log(packages: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the ONNX transforms of packages recorded, in order."""
+    from QEfficient.targets.manifest import Manifest
+
+    return [record for package in packages for record in Manifest.load(package).transforms]
