@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from QEfficient.engine.package import LoadedPackage
     from QEfficient.engine.package import open_package as load
     from QEfficient.engine.results import GenerationResult
+    from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.config import QEffConfig
     from QEfficient.models.auto import (
         QEFFAutoModel,
         QEFFAutoModelForCausalLM,
         QEFFAutoModelForSequenceClassification,
     )
     from QEfficient.models.base import QEFFBaseModel, QEFFTransformersBase
+    from QEfficient.models.peft import QEFFAutoPeftModelForCausalLM
     from QEfficient.targets.options import CompileOptions
     from QEfficient.transforms.onnx.base import OnnxTransform
 
@@ -33,6 +36,11 @@ _PUBLIC = {
     "QEFFAutoModel": "QEfficient.models.auto:QEFFAutoModel",
     "QEFFAutoModelForCausalLM": "QEfficient.models.auto:QEFFAutoModelForCausalLM",
     "QEFFAutoModelForSequenceClassification": "QEfficient.models.auto:QEFFAutoModelForSequenceClassification",
+    "QEFFAutoPeftModelForCausalLM": "QEfficient.models.peft:QEFFAutoPeftModelForCausalLM",
+    "QEffConfig": "QEfficient.finetune.config:QEffConfig",
+    "QEffTrainingArgs": "QEfficient.finetune.arguments:QEffTrainingArgs",
+    # The class of the fine-tuning workflow; it has the package's name, as the documents it comes from do.
+    "QEfficient": "QEfficient.finetune.refine:QEfficient",
     "QEFFBaseModel": "QEfficient.models.base:QEFFBaseModel",
     "QEFFTransformersBase": "QEfficient.models.base:QEFFTransformersBase",
     "CompileOptions": "QEfficient.targets.options:CompileOptions",
@@ -53,8 +61,12 @@ __all__ = [
     "QEFFAutoModel",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForSequenceClassification",
+    "QEFFAutoPeftModelForCausalLM",
     "QEFFBaseModel",
     "QEFFTransformersBase",
+    "QEffConfig",
+    "QEffTrainingArgs",
+    "QEfficient",
     "__version__",
     "compile",
     "export",

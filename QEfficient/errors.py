@@ -47,3 +47,7 @@ class ArtifactWriteError(QEfficientError, OSError):
 
 class TargetUnavailableError(QEfficientError):
     """The target cannot run or compile here; the message says what to install."""
+
+
+class TrainingError(QEfficientError):
+    """Training cannot go on: the loss is not a number, or memory ran out; the last checkpoint is intact."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from QEfficient.engine.adapter_file import FILES as ADAPTER_FILES
+from QEfficient.engine.adapters import ADAPTERS_DIR, AdaptedPackage, AdapterBank
 from QEfficient.engine.arrays import integer_matrix, mask_matrix, same_kind
 from QEfficient.engine.json_file import read_object
 from QEfficient.engine.loop import Request, Timings, TokenLoop
@@ -17,7 +19,7 @@ from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import Criterion, Stopping
 from QEfficient.engine.streaming import ConsoleStreamer, StreamerAdapter
 from QEfficient.engine.tokenizer import TextTokenizer, as_tokenizer
-from QEfficient.errors import ContextLengthError, InputError, OptionError
+from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
 
@@ -25,7 +27,7 @@ from QEfficient.targets.manifest import Manifest
 HF_DEFAULT_NEW_TOKENS = 20
 
 
-class CompiledCausalLM(LoadedPackage):
+class CompiledCausalLM(AdaptedPackage, LoadedPackage):
     """A causal language model package."""
 
     def __init__(self, directory: Path, manifest: Manifest, session: Session) -> None:
@@ -34,6 +36,14 @@ class CompiledCausalLM(LoadedPackage):
         self.generation_defaults = read_object(directory / "generation_config.json")
         #: Metrics of the last call, for the form that returns ids only.
         self.last_metrics: GenerationMetrics | None = None
+        self._bank = AdapterBank(session)
+        bundled = manifest.model.get("lora") or {}
+        for name in bundled.get("adapters", ()):
+            # Only files whose digests the manifest vouches for.
+            if any(f"{ADAPTERS_DIR}/{name}/{file}" not in manifest.files for file in ADAPTER_FILES):
+                raise PackageError(f"{directory} lacks the files of its adapter {name!r}: compile the package again.")
+            self.load_adapter(directory / ADAPTERS_DIR / name, name)
+        self.set_adapter(bundled.get("active"))
 
     @property
     def ctx_len(self) -> int:
@@ -53,6 +63,7 @@ class CompiledCausalLM(LoadedPackage):
         streamer: Any = None,
         stream: bool = False,
         stopping_criteria: Criterion | Sequence[Criterion] | None = None,
+        adapter_name: str | None = None,
         **settings: Any,
     ) -> Any:
         """Generates text, in one of two forms.
@@ -72,6 +83,7 @@ class CompiledCausalLM(LoadedPackage):
             streamer: an HF streamer (``put``/``end``); one prompt at a time.
             stream: print the text as it is made; one prompt at a time.
             stopping_criteria: HF criteria, called for each row alone with (ids [1, length], None).
+            adapter_name: a loaded adapter for this call only; None is the active one (`set_adapter`).
             **settings: fields of `GenerationSettings` (``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
                 ``repetition_penalty``, ``seed``, ``eos_token_id``, ``stop_strings`` …); unknown ones are errors.
 
@@ -98,23 +110,24 @@ class CompiledCausalLM(LoadedPackage):
         resolved = GenerationSettings.resolve(self.generation_defaults, generation_config, settings)
         # A length the caller wrote is kept or refused; one from the checkpoint's own defaults gives way to the context.
         asked = generation_config is not None or not {"max_new_tokens", "max_length"}.isdisjoint(settings)
-        if input_ids is not None:
-            return self._from_ids(
-                input_ids, attention_mask, resolved, asked, tokenizer, streamer, stream, stopping_criteria
-            )
-        if attention_mask is not None:
-            raise InputError("attention_mask goes with input_ids, not with prompts.")
-        text = self.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
-        rows = self._encode(text, prompts, messages)
-        if asked:
-            limits = [self._limit(resolved, len(row), len(row), None, asked) for row in rows]
-        else:
-            limits = [self._loop.room(len(row)) for row in rows]
-        requests, timings = self._run(rows, limits, resolved, text, streamer, stream, stopping_criteria, None)
-        texts = [r.stopping.cut(0, text.decode(r.generated.tolist(), skip_special_tokens=True)) for r in requests]
-        self.last_metrics = _metrics(requests, timings)
-        ids = [request.generated.tolist() for request in requests]
-        return GenerationResult(texts, ids, [str(r.reason) for r in requests], self.last_metrics)
+        with self._bank.using(adapter_name):
+            if input_ids is not None:
+                return self._from_ids(
+                    input_ids, attention_mask, resolved, asked, tokenizer, streamer, stream, stopping_criteria
+                )
+            if attention_mask is not None:
+                raise InputError("attention_mask goes with input_ids, not with prompts.")
+            text = self.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
+            rows = self._encode(text, prompts, messages)
+            if asked:
+                limits = [self._limit(resolved, len(row), len(row), None, asked) for row in rows]
+            else:
+                limits = [self._loop.room(len(row)) for row in rows]
+            requests, timings = self._run(rows, limits, resolved, text, streamer, stream, stopping_criteria, None)
+            texts = [r.stopping.cut(0, text.decode(r.generated.tolist(), skip_special_tokens=True)) for r in requests]
+            self.last_metrics = _metrics(requests, timings)
+            ids = [request.generated.tolist() for request in requests]
+            return GenerationResult(texts, ids, [str(r.reason) for r in requests], self.last_metrics)
 
     def _from_ids(
         self,

@@ -100,7 +100,7 @@ def _causal(
     interface = Interface.load(model.onnx_path.parent)  # type: ignore[union-attr]
     runners: list[tuple[str, StepRunner]] = [
         ("transformed torch", TorchSteps(model.transformed())),
-        ("ONNX", OnnxSteps(model.onnx_path, interface)),  # type: ignore[arg-type]
+        ("ONNX", OnnxSteps(model.onnx_path, interface, package.adapter_values)),  # type: ignore[arg-type,attr-defined]
         ("package", SessionSteps(package.session)),
     ]
     stages = []

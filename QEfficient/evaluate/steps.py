@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,10 +43,13 @@ class TorchSteps:
 
 
 class OnnxSteps:
-    """The exported graph in a plain ONNX Runtime session: state is passed in and out as arrays, nothing is bound."""
+    """The exported graph in a plain ONNX Runtime session: state is passed in and out as arrays, nothing is bound.
 
-    def __init__(self, onnx_path: Path, interface: Interface) -> None:
-        self.session, self.interface = plain_session(onnx_path), interface
+    ``parameters`` are the values of the graph's parameters, such as an adapter's tensors.
+    """
+
+    def __init__(self, onnx_path: Path, interface: Interface, parameters: Mapping[str, np.ndarray]) -> None:
+        self.session, self.interface, self.parameters = plain_session(onnx_path), interface, parameters
 
     def begin(self, capacity: int) -> None:
         sizes = {"batch_size": 1, "full_batch_size": 1, "ctx_len": capacity}
@@ -55,7 +59,7 @@ class OnnxSteps:
         }
 
     def step(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        feeds = {"input_ids": ids, "position_ids": positions, **self.state}
+        feeds = {"input_ids": ids, "position_ids": positions, **self.state, **self.parameters}
         if any(spec.name == "batch_index" for spec in self.interface.inputs):
             feeds["batch_index"] = np.zeros((1, 1), np.int64)
         names = [s.output for s in self.interface.states]

@@ -18,7 +18,8 @@ class Interface:
     """Inputs, outputs and states of an exported graph, in graph order; what `interface.json` holds.
 
     ``facts`` are what later stages want to know without loading the model: architecture, model_type, vocab_size,
-    hidden_size, max_positions (None = unlimited), labels of a classifier.
+    hidden_size, max_positions (None = unlimited), labels of a classifier. ``parameters`` are inputs that hold between
+    steps, such as adapter tensors.
     """
 
     task: str
@@ -26,6 +27,7 @@ class Interface:
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
     facts: dict[str, Any]
+    parameters: tuple[TensorSpec, ...] = ()
 
     def save(self, directory: Path) -> None:
         text = json.dumps(asdict(self), indent=2) + "\n"
@@ -43,4 +45,5 @@ class Interface:
             tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["outputs"]),
             tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in body["states"]),
             body["facts"],
+            tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body.get("parameters", ())),
         )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 #: The attribute under which the traced wrappers hold the model.
 WRAPPER_PREFIX = "model."
 
 
-def name_initializers(model: ir.Model) -> None:
-    """Drops the wrapper's prefix: ``model.model.layers.0...`` becomes ``model.layers.0...``."""
+def name_initializers(model: ir.Model, rename: Callable[[str], str] | None = None) -> None:
+    """Drops the wrapper's prefix: ``model.model.layers.0...`` becomes ``model.layers.0...``.
+
+    Args:
+        rename: changes what is left of the names of the model's own tensors.
+    """
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         short = name.removeprefix(WRAPPER_PREFIX)
+        if rename is not None and short != name:
+            short = rename(short)
         if short != name and short not in graph.initializers:
             graph.initializers.pop(name)
             value.name = short

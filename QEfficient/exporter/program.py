@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from QEfficient.errors import ExportError, QEfficientError
 from QEfficient.exporter.attach import attach
 from QEfficient.exporter.cleanup import clean_up
 from QEfficient.exporter.interface import ONNX_FILE, Interface
+from QEfficient.exporter.lora import AdaptedCausalStep, graph_name, lora_specs
 from QEfficient.exporter.naming import name_dimensions, name_initializers
 from QEfficient.exporter.to_onnx import to_onnx
 from QEfficient.exporter.twins import meta_twin
@@ -21,6 +23,7 @@ from QEfficient.onnx_io import save_model, weight_files
 from QEfficient.safetensors_io import WeightMap
 from QEfficient.store.files import place_file
 from QEfficient.targets.manifest import StateSpec, TensorSpec
+from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
 from QEfficient.transforms.pytorch.patching import patched, use_our_attention
 from QEfficient.transforms.pytorch.pooling import Pool
 from QEfficient.transforms.pytorch.state import StateLayout, StateTensor, probe
@@ -30,12 +33,15 @@ from QEfficient.transforms.pytorch.wrappers import CausalStep, Encoder
 _BATCH, _SEQ, _CAPACITY, _ROWS = 2, 3, 16, 4
 
 
-def export_causal(ghost: PreTrainedModel, weights: WeightMap, directory: Path, *, batch_index: bool) -> Interface:
+def export_causal(
+    ghost: PreTrainedModel, weights: WeightMap, directory: Path, *, batch_index: bool, lora: bool = False
+) -> Interface:
     """Writes the step graph of a causal LM into ``directory``; see `CausalStep` for its signature.
 
     Args:
         ghost: weightless model with a config of its own (it is changed).
         batch_index: whether rows address slots of a larger state (continuous batching).
+        lora: ``ghost`` has LoRA layers (`inject_lora`); their tensors and scaling become parameters of the graph.
 
     Raises:
         UnsupportedModelError: the model keeps no cache or has no head.
@@ -43,7 +49,7 @@ def export_causal(ghost: PreTrainedModel, weights: WeightMap, directory: Path, *
     """
     layout = probe_layout(ghost)
     use_our_attention(ghost)
-    step = CausalStep(ghost, layout).eval()
+    step = (AdaptedCausalStep if lora else CausalStep)(ghost, layout).eval()
     rows = _ROWS if batch_index else _BATCH
     row_dim = "full_batch_size" if batch_index else "batch_size"
     dynamic = torch.export.Dim.DYNAMIC
@@ -84,6 +90,8 @@ def export_causal(ghost: PreTrainedModel, weights: WeightMap, directory: Path, *
     own = [n for n in names if n in ("input_ids", "position_ids", "batch_index")]
     inputs = tuple(TensorSpec(n, "int64", tuple(d for d in dims[n] if d is not None)) for n in own)
     interface = Interface("text-generation", inputs, (), states, model_facts(ghost))
+    if lora:
+        interface = dataclasses.replace(interface, parameters=lora_specs(ghost))
     return _finish(model, ghost, weights, directory, interface, dims)
 
 
@@ -144,7 +152,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "hidden_size": getattr(config, "hidden_size", None),
         "max_positions": max_positions(model),
         "token_types": getattr(config, "type_vocab_size", None),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n),
     }
     labels = getattr(model.config, "id2label", None)
     if labels:
@@ -177,12 +185,17 @@ def _finish(
     interface: Interface,
     dims: dict[str, tuple[int | str | None, ...]],
 ) -> Interface:
-    name_initializers(model)
+    fed = {spec.name for spec in interface.parameters}
+    rename = graph_name if fed else None
+    name_initializers(model, rename)
     name_dimensions(model, dims)
-    parameters = {name for name, _ in ghost.named_parameters(remove_duplicate=False)}
-    attach(model, weights, parameters, _aliases(ghost, weights))
+    groups = _names(ghost, rename)
+    parameters = {name for names in groups for name in names} - fed
+    attach(model, weights, parameters, _aliases(groups, weights))
     for location, file in weight_files(model).items():
         place_file(file, directory / location)
+    if fed:  # before anything folds the zeros that stand for them
+        LoraAdapters(tuple(spec.name for spec in interface.parameters)).apply(model, directory)
     clean_up(model)
     name_dimensions(model, dims)
     _check_interface(model, interface)
@@ -193,13 +206,18 @@ def _finish(
     return interface
 
 
-def _aliases(ghost: PreTrainedModel, weights: WeightMap) -> dict[str, str]:
-    """For tensors that share storage: a name the checkpoint does not have -> one it has."""
+def _names(ghost: PreTrainedModel, rename: Callable[[str], str] | None) -> list[list[str]]:
+    """The names the graph uses for each parameter; several where modules share it."""
     groups: dict[int, list[str]] = {}
     for name, parameter in ghost.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+        groups.setdefault(id(parameter), []).append(name if rename is None else rename(name))
+    return list(groups.values())
+
+
+def _aliases(groups: list[list[str]], weights: WeightMap) -> dict[str, str]:
+    """For tensors that share storage: a name the checkpoint does not have -> one it has."""
     out = {}
-    for names in groups.values():
+    for names in groups:
         stored = next((name for name in names if name in weights), None)
         if stored is not None:
             out.update({name: stored for name in names if name not in weights})
@@ -208,7 +226,7 @@ def _aliases(ghost: PreTrainedModel, weights: WeightMap) -> dict[str, str]:
 
 def _check_interface(model: ir.Model, interface: Interface) -> None:
     """The graph must have exactly the inputs the interface names: tracing drops what the model ignores."""
-    expected = {t.name for t in interface.inputs} | {s.input for s in interface.states}
+    expected = {t.name for t in (*interface.inputs, *interface.parameters)} | {s.input for s in interface.states}
     found = {value.name for value in model.graph.inputs}
     if expected != found:
         raise ExportError(

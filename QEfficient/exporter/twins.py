@@ -25,7 +25,7 @@ def ghost_from_config(factory: Factory, config: PreTrainedConfig, trust_remote_c
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in memo:
-                memo[id(parameter)] = _ghost(parameter)
+                memo[id(parameter)] = ghost_parameter(parameter)
             setattr(module, name, memo[id(parameter)])
     model.tie_weights()
     return model.eval()
@@ -33,7 +33,7 @@ def ghost_from_config(factory: Factory, config: PreTrainedConfig, trust_remote_c
 
 def ghost_from_model(model: PreTrainedModel) -> PreTrainedModel:
     """A float32 copy of a model in memory without its parameters; shared parameters stay shared."""
-    memo: dict[int, Any] = {id(p): _ghost(p) for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): ghost_parameter(p) for p in model.parameters()}
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.float() if buffer.is_floating_point() else buffer.clone()
     twin = copy.deepcopy(model, memo)
@@ -55,7 +55,7 @@ def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _ghost(parameter: torch.Tensor) -> nn.Parameter:
+def ghost_parameter(parameter: torch.Tensor) -> nn.Parameter:
     """One element of storage, expanded: a real CPU tensor as far as tracing can tell."""
     dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)

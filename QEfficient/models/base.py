@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -86,14 +87,20 @@ class QEFFTransformersBase(QEFFBaseModel):
     def _open(cls, name_or_path: str | Path, trust_remote_code: bool, hub: dict[str, Any]) -> CheckpointSource:
         if not isinstance(name_or_path, str | Path):
             raise ModelLoadError(f"pass a directory or a hub id, got {type(name_or_path).__name__}.")
-        for name in hub:
-            if name not in HUB_ARGUMENTS:
-                known = (*HUB_ARGUMENTS, "trust_remote_code", "pooling", "cache_home_dir")
-                raise OptionError(f"{cls.__name__}.from_pretrained has no option {name!r}.{did_you_mean(name, known)}")
+        cls._check_hub(hub)
         directory = resolve_checkpoint(name_or_path, **hub)
         source = CheckpointSource(directory, str(name_or_path), trust_remote_code)
         cls._check_architecture(source)
         return source
+
+    @classmethod
+    def _check_hub(cls, hub: dict[str, Any]) -> None:
+        """OptionError for a keyword that does not say where a checkpoint is."""
+        for name in hub:
+            if name not in HUB_ARGUMENTS:
+                own = inspect.signature(cls.from_pretrained).parameters.values()
+                known = (*HUB_ARGUMENTS, *(p.name for p in own if p.kind is p.KEYWORD_ONLY))
+                raise OptionError(f"{cls.__name__}.from_pretrained has no option {name!r}.{did_you_mean(name, known)}")
 
     @classmethod
     def _check_architecture(cls, source: CheckpointSource) -> None:
@@ -254,11 +261,15 @@ class QEFFTransformersBase(QEFFBaseModel):
             else:
                 export_key, directory = given_export(Path(onnx_path))
             self.onnx_path = directory / "model.onnx"
-            package = compile_export(self.store, directory, export_key, asked, queue, report)
+            package = self._complete(compile_export(self.store, directory, export_key, asked, queue, report))
         if compile_dir is not None:
             package = copy_entry(package, Path(compile_dir))
         self._package = package
         self._loaded = None
+        return package
+
+    def _complete(self, package: Path) -> Path:
+        """What a subclass adds to a compiled package, which itself is never changed."""
         return package
 
     # ------------------------------------------------------------------ run

@@ -17,8 +17,12 @@ def resolve(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    marker: str | None = "config.json",
 ) -> Path:
     """The directory that holds the checkpoint.
+
+    Args:
+        marker: a file that a local directory must have; None for any.
 
     Raises:
         ModelLoadError: the path does not exist or is empty; the id is malformed, unknown, gated, or neither
@@ -31,8 +35,8 @@ def resolve(
     if path.is_dir():
         if not any(path.iterdir()):
             raise ModelLoadError(f"{path} is an empty directory: expected config.json and model.safetensors.")
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face checkpoint directory.")
+        if marker is not None and not (path / marker).is_file():
+            raise ModelLoadError(f"{path} has no {marker}: it is not a Hugging Face checkpoint directory.")
         return path
     if path.exists():
         raise ModelLoadError(f"{path} is a file: pass the checkpoint's directory.")

@@ -18,7 +18,7 @@ from QEfficient.store.entry import ENTRY_FILE
 from QEfficient.store.files import copy_file, place_file
 from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.base import CompileRequest, Target
-from QEfficient.targets.manifest import FileRecord, Manifest
+from QEfficient.targets.manifest import FileRecord, Manifest, TensorSpec
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.registry import get_target
 
@@ -155,10 +155,12 @@ def _build(
         options=options.to_json(),
         transforms=[],
         libraries={**keys.library_versions(), **target.toolchain(), "qefficient": keys.__version__},
+        parameters=interface.parameters,
         key=key,
     )
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=place) as scratch:
-        onnx_path, records = _transformed(directory / ONNX_FILE, queue, Path(scratch), report)
+        onnx_path, records, lifted = _transformed(directory / ONNX_FILE, interface, queue, Path(scratch), report)
+        manifest = manifest.replace(parameters=(*interface.parameters, *lifted))
         manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
     manifest = manifest.replace(transforms=records)
     if queue:
@@ -191,11 +193,11 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _transformed(
-    onnx_path: Path, queue: Sequence[OnnxTransform], scratch: Path, report: Progress
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Runs the transform queue; returns the graph to compile and the manifest records."""
+    onnx_path: Path, interface: Interface, queue: Sequence[OnnxTransform], scratch: Path, report: Progress
+) -> tuple[Path, list[dict[str, Any]], tuple[TensorSpec, ...]]:
+    """Runs the transform queue; returns the graph to compile, the manifest records and inputs that were added."""
     if not queue:
-        return onnx_path, []
+        return onnx_path, [], ()
     from QEfficient.onnx_io import load_model, save_model, weight_files
     from QEfficient.transforms.onnx.queue import run_queue
 
@@ -207,7 +209,13 @@ def _transformed(
     for location, file in weight_files(model).items():
         place_file(file, result / location)
     save_model(model, result / ONNX_FILE)
-    return result / ONNX_FILE, records
+    known = {t.name for t in (*interface.inputs, *interface.parameters)} | {s.input for s in interface.states}
+    lifted = tuple(
+        TensorSpec(str(value.name), value.dtype.numpy().name, tuple(value.shape.numpy()))
+        for value in model.graph.inputs
+        if value.name not in known and value.dtype is not None and value.shape is not None and value.shape.is_static()
+    )
+    return result / ONNX_FILE, records, lifted
 
 
 def write_side_files(

@@ -27,13 +27,13 @@ class TransformedModel(nn.Module):
 
     @classmethod
     def causal(cls, model: PreTrainedModel, layout: StateLayout) -> TransformedModel:
-        twin = _sharing_weights(model)
+        twin = sharing_weights(model)
         use_our_attention(twin)
         return cls(CausalStep(twin, layout, loop_scans=True).eval(), twin)
 
     @classmethod
     def encoder(cls, model: PreTrainedModel, pool: Pool | None, output: str) -> TransformedModel:
-        twin = _sharing_weights(model)
+        twin = sharing_weights(model)
         use_our_attention(twin)
         return cls(Encoder(twin, pool, output).eval(), twin)
 
@@ -51,7 +51,7 @@ class TransformedModel(nn.Module):
             return self.step(*args, **kwargs)
 
 
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the module tree and the config around the same parameter and buffer objects."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)

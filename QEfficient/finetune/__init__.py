@@ -1,0 +1,39 @@
+"""Fine-tuning through a compiled ONNX training step: configuration, data, step, trainer.
+
+Names are imported when first used, so that importing this package needs neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.arguments import QEffTrainingArgs as QEffTrainingArguments
+    from QEfficient.finetune.compiled_step import CompiledStep
+    from QEfficient.finetune.config import QEffConfig
+    from QEfficient.finetune.data_manager import QEffDataManager
+
+#: Public name -> where it lives.
+_PUBLIC = {
+    "CompiledStep": "QEfficient.finetune.compiled_step:CompiledStep",
+    "QEffConfig": "QEfficient.finetune.config:QEffConfig",
+    "QEffDataManager": "QEfficient.finetune.data_manager:QEffDataManager",
+    "QEffTrainingArgs": "QEfficient.finetune.arguments:QEffTrainingArgs",
+    "QEffTrainingArguments": "QEfficient.finetune.arguments:QEffTrainingArgs",
+}
+
+__all__ = ["CompiledStep", "QEffConfig", "QEffDataManager", "QEffTrainingArgs", "QEffTrainingArguments"]
+
+
+def __getattr__(name: str) -> Any:
+    place = _PUBLIC.get(name)
+    if place is None:
+        raise AttributeError(f"module 'QEfficient.finetune' has no attribute {name!r}")
+    module, _, attribute = place.partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,115 @@
+"""Checkpoint directories: trained tensors in the files everyone reads, and what a run must match to continue."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from QEfficient.errors import OptionError, PackageError
+from QEfficient.store.files import sync_directory, sync_tree
+from QEfficient.suggest import did_you_mean
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
+RUN = "run.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes copies of arrays as safetensors in PyTorch's flavour."""
+    save_file({name: np.array(array) for name, array in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The trained tensors of a checkpoint, checked against what this run trains.
+
+    Raises:
+        OptionError: the checkpoint is of another model, adapter rank or set of trained tensors.
+        PackageError: the file is missing or damaged.
+    """
+    path = directory / (ADAPTER_WEIGHTS if (directory / ADAPTER_WEIGHTS).is_file() else MODEL_WEIGHTS)
+    if not path.is_file():
+        raise PackageError(f"{directory} has neither {ADAPTER_WEIGHTS} nor {MODEL_WEIGHTS}: it is not a checkpoint.")
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PackageError(f"{path} cannot be read ({error}): resume from an earlier checkpoint.") from None
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise OptionError(
+            f"{directory} is of another model or adapter: it has no {missing[0]}{did_you_mean(missing[0], found)} "
+            "Choose the matching directory or a new output_dir."
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise OptionError(
+                f"{directory} is of another model or adapter: {name} has shape {found[name].shape}, this run trains "
+                f"{shape}."
+            )
+    return {name: found[name] for name in expected}
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; a directory without its state file is not one."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / STATE).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def staging(output_dir: Path, name: str) -> Path:
+    """Where a directory called ``name`` is written before it appears under that name."""
+    return output_dir / f".saving-{name}"
+
+
+def publish(place: Path, final: Path) -> None:
+    """Makes a staged directory appear under its name, whole and on disk; replaces an older one of that name."""
+    sync_tree(place)
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(place, final)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what a killed run left half-written."""
+    if output_dir.is_dir():
+        for path in output_dir.iterdir():
+            if path.is_dir() and path.name.startswith((".saving-", ".old-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def check_same_run(directory: Path, identity: Mapping[str, Any], allowed: bool = False) -> None:
+    """Compares what a run depends on with what the checkpoint's run had.
+
+    Raises:
+        OptionError: something that changes the result differs; the message names it.
+    """
+    path = directory / RUN
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise PackageError(f"{path} is missing or damaged: resume from an earlier checkpoint.") from None
+    for name, value in identity.items():
+        if before.get(name) != value and not (allowed and name != "model"):
+            what = "of another model or adapter" if name == "model" else f"of a run with another {name}"
+            shown = "" if name == "model" else f" ({before.get(name)!r}, now {value!r})"
+            raise OptionError(f"{directory} is {what}{shown}: use its settings, or a new output_dir.")
+
+
+def write_run(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Notes what a run depends on beside its checkpoint."""
+    (directory / RUN).write_text(json.dumps(dict(identity), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,257 @@
+"""``QEffConfig``: what is tuned, on which data, and how rows become labels; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from QEfficient.errors import OptionError
+from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
+from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
+from QEfficient.finetune.settings_file import read_settings, write_settings
+
+if TYPE_CHECKING:
+    from QEfficient.finetune.arguments import QEffTrainingArgs
+
+TASKS = ("generation", "seq_classification")
+TRAIN_ON = ("completion", "assistant", "last", "all")
+TRUNCATION = ("truncate", "cut_answer", "drop", "error")
+
+#: Spelling of a document or another tool -> canonical name.
+ALIASES = {
+    **dict.fromkeys(("model_name", "model_name_or_path", "base_model", "model"), "model_id"),
+    **dict.fromkeys(("dataset_path", "dataset", "data"), "dataset_name"),
+    **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "max_ctx_len"),
+    **dict.fromkeys(("context_length", "ctx_len"), "max_ctx_len"),
+    **dict.fromkeys(("peft_config", "peft_config_file"), "lora_config"),
+    **dict.fromkeys(("subset", "config_name"), "dataset_config"),
+    **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
+    **dict.fromkeys(("column_map", "columns_map"), "columns"),
+}
+
+_Self = TypeVar("_Self", bound="QEffConfig")
+
+
+@dataclass(frozen=True, init=False)
+class QEffConfig:
+    """What to tune. Keywords only; aliases of other tools (``model_name``, ``max_length``, …) are accepted.
+
+    Attributes:
+        model_id: hub id or directory of the base model.
+        dataset_name: ``"sample"`` (bundled), a file (json, jsonl, csv, tsv, parquet, arrow, txt), a directory, a hub
+            id, a list of dicts or a ``datasets`` object; None only with a custom dataset class.
+        train_frac: share of the rows that is trained on when the source has no evaluation split; 1.0 = no
+            evaluation rows.
+        lora_config: dict with peft's keys, ``peft.LoraConfig``, path of a YAML or JSON file, or None for full
+            fine-tuning.
+        max_ctx_len: most tokens of a row.
+        task: ``"generation"`` or ``"seq_classification"``.
+        tokenizer_name: None means ``model_id``.
+        dataset_config: subset of a hub dataset.
+        train_split, eval_split: splits of the source; None means found by their usual names.
+        dataset_format: ``"auto"`` or a name of ``QEfficient.finetune.data.formats.FORMATS``.
+        columns: our column name -> the column of the data that holds it.
+        system_prompt: system message of rows that have none.
+        chat_template: None uses the tokenizer's; ``"none"`` joins prompt and answer as they are; ``"plain"`` and
+            ``"chatml"`` are built in; anything else is the path of a Jinja file.
+        train_on: which tokens are trained: ``"completion"`` or ``"assistant"`` (answers), ``"last"`` (the last answer
+            of a conversation), ``"all"``.
+        truncation: rows above ``max_ctx_len``: ``"truncate"`` shortens the prompt and refuses data whose answers do
+            not fit, ``"cut_answer"`` then cuts answers too, ``"drop"`` leaves such rows out, ``"error"`` refuses them.
+        packing: several short rows in one, kept apart by their segment numbers.
+        sample_size: most training rows, drawn with ``seed``.
+        seed: of the split, the sample and the order of rows.
+        trainable: name patterns (``fnmatch``) of the parameters to train, instead of LoRA.
+        custom_dataset_config: values a custom dataset class can ask for by parameter name.
+        trust_remote_code: run Python code that the model repository brings.
+
+    Raises:
+        OptionError: an unknown keyword, a value out of range, or two that contradict each other.
+    """
+
+    model_id: str = ""
+    dataset_name: Any = None
+    train_frac: float = 0.85
+    lora_config: dict[str, Any] | None = field(default_factory=lambda: dict(DEFAULT_LORA))
+    max_ctx_len: int = 512
+    task: str = "generation"
+    tokenizer_name: str | None = None
+    dataset_config: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    dataset_format: str = "auto"
+    columns: dict[str, str] | None = None
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    train_on: str = "completion"
+    truncation: str = "truncate"
+    packing: bool = False
+    sample_size: int | None = None
+    seed: int = 42
+    trainable: tuple[str, ...] | None = None
+    custom_dataset_config: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+    def __init__(
+        self, model_id: str | os.PathLike[str] | None = None, dataset_name: Any = None, **options: Any
+    ) -> None:
+        given = dict(options)
+        if model_id is not None:
+            given["model_id"] = model_id
+        if dataset_name is not None:
+            given["dataset_name"] = dataset_name
+        fill(self, canonical(given, [f.name for f in dataclasses.fields(self)], ALIASES, "QEffConfig"))
+        self._check()
+
+    def _check(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if not self.model_id:
+            raise OptionError("QEffConfig needs model_id, the hub id or the directory of the model to tune.")
+        put("model_id", text("model_id", _path_text(self.model_id)))
+        if isinstance(self.dataset_name, str | os.PathLike):
+            put("dataset_name", text("dataset_name", _path_text(self.dataset_name)))
+        if not (is_number(self.train_frac) and 0 < self.train_frac <= 1):
+            raise OptionError(f"train_frac must be a number above 0 and at most 1, got {short(self.train_frac)}.")
+        put("max_ctx_len", integer("max_ctx_len", self.max_ctx_len, minimum=2))
+        put("seed", integer("seed", self.seed, minimum=0))
+        if self.sample_size is not None:
+            put("sample_size", integer("sample_size", self.sample_size))
+        for name in ("tokenizer_name", "dataset_config", "train_split", "eval_split", "system_prompt", "chat_template"):
+            if getattr(self, name) is not None:
+                text(name, _path_text(getattr(self, name)))
+                put(name, _path_text(getattr(self, name)))
+        for name, allowed in (("task", TASKS), ("train_on", TRAIN_ON), ("truncation", TRUNCATION)):
+            choice(name, getattr(self, name), allowed)
+        self._check_format()
+        for name in ("packing", "trust_remote_code"):
+            boolean(name, getattr(self, name))
+        for name in ("columns", "custom_dataset_config"):
+            if getattr(self, name) is not None:
+                put(name, mapping(name, getattr(self, name)))
+        if self.eval_split is not None and self.train_frac != 0.85:
+            raise OptionError(
+                f"eval_split={self.eval_split!r} and train_frac={self.train_frac} both say what to evaluate on: give "
+                "one of them."
+            )
+        if self.packing and self.task != "generation":
+            raise OptionError(f"packing is for task='generation' and not for {self.task!r}: leave it out.")
+        self._check_trainable()
+
+    def _check_format(self) -> None:
+        from QEfficient.finetune.data.formats import FORMATS
+
+        choice("dataset_format", self.dataset_format, ["auto", *FORMATS])
+
+    def _check_trainable(self) -> None:
+        lora = self.lora_config
+        if self.trainable is not None:
+            patterns = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
+            if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(p, str) for p in patterns):
+                raise OptionError(f"trainable must be a list of name patterns, got {short(self.trainable)}.")
+            if lora is not None and lora != DEFAULT_LORA:
+                raise OptionError("trainable and lora_config both say which parameters train: give one of them.")
+            object.__setattr__(self, "trainable", tuple(patterns))
+            lora = None
+        object.__setattr__(self, "lora_config", read_lora(lora))
+        for notice in self.notices():
+            warnings.warn(notice, stacklevel=5)
+
+    def notices(self) -> tuple[str, ...]:
+        """What was asked for and is handled differently, one sentence each; for reports."""
+        dropout = (self.lora_config or {}).get("lora_dropout", 0)
+        if not dropout:
+            return ()
+        return (
+            f"lora_dropout={dropout} is recorded, and training uses 0: the compiled step computes the same numbers on "
+            "every run, which an in-graph random generator would not.",
+        )
+
+    def peft_options(self) -> dict[str, Any] | None:
+        """Keywords for ``peft.LoraConfig`` as trained, with ``lora_dropout`` 0; None without LoRA."""
+        if self.lora_config is None:
+            return None
+        return {**self.lora_config, "lora_dropout": 0.0}
+
+    def replace(self: _Self, **changes: Any) -> _Self:
+        """A copy with some values changed; checked like a new one."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = canonical(changes, list(values), ALIASES, "QEffConfig")
+        with warnings.catch_warnings():
+            if "lora_config" not in changed:
+                # Already said when this configuration was made.
+                warnings.simplefilter("ignore")
+            return type(self)(**{**values, **changed})
+
+    def with_arguments(self: _Self, args: QEffTrainingArgs | None) -> _Self:
+        """This configuration with the ``max_ctx_len`` of the training arguments, where that is given.
+
+        Raises:
+            OptionError: both give a length, and not the same one.
+        """
+        asked = getattr(args, "max_ctx_len", None)
+        if asked is None or asked == self.max_ctx_len:
+            return self
+        if self.max_ctx_len != type(self).max_ctx_len:
+            raise OptionError(
+                f"QEffConfig has max_ctx_len={self.max_ctx_len} and the training arguments have {asked}: give it once."
+            )
+        return self.replace(max_ctx_len=asked)
+
+    @classmethod
+    def from_dict(cls: type[_Self], values: Mapping[str, Any]) -> _Self:
+        """A configuration from a mapping of names or aliases to values."""
+        return cls(**mapping("the configuration", values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option under its canonical name, as plain JSON values; data in memory becomes a description."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if values["dataset_name"] is not None and not isinstance(values["dataset_name"], str):
+            values["dataset_name"] = describe_memory(values["dataset_name"])
+        return {name: _plain(value) for name, value in values.items()}
+
+    @classmethod
+    def load(cls: type[_Self], path: str | os.PathLike[str]) -> _Self:
+        """A configuration from a YAML or JSON file.
+
+        Raises:
+            OptionError: the file is missing or malformed, or its values are.
+        """
+        values = read_settings(os.fspath(path), "a configuration")
+        source = values.get("dataset_name")
+        if isinstance(source, str) and source.startswith(_IN_MEMORY):
+            raise OptionError(
+                f"{os.fspath(path)} was saved from data in memory ({source}): set dataset_name to a file."
+            )
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the resolved configuration as YAML or JSON, by suffix, atomically; returns the path."""
+        return write_settings(os.fspath(path), self.to_dict(), "the configuration")
+
+
+_IN_MEMORY = "<in memory: "
+
+
+def describe_memory(data: Any) -> str:
+    """What stands for a dataset object in a saved configuration."""
+    rows = f", {len(data)} rows" if hasattr(data, "__len__") and not isinstance(data, Mapping) else ""
+    return f"{_IN_MEMORY}{type(data).__name__}{rows}>"
+
+
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)

@@ -1,0 +1,1 @@
+"""From rows in any format to batches: sources → formats → encode → audit → batching → loader."""

@@ -1,0 +1,207 @@
+"""Reads one data file: JSON, JSON Lines, CSV, TSV and text strictly, Parquet and Arrow through ``datasets``."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import InputError
+from QEfficient.finetune.keywords import short
+from QEfficient.finetune.settings_file import nearest_file
+
+Rows = Sequence[dict[str, Any]]
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that decides how a file is read: that of the name without ``.gz``, in lower case."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether ``read_file`` knows the suffix."""
+    return suffix_of(path) in READERS
+
+
+def read_file(path: Path) -> Rows:
+    """The rows of a data file, in order; a list of dicts, or a ``datasets.Dataset`` for Parquet and Arrow.
+
+    Raises:
+        InputError: no such file, an unknown suffix, malformed content (with its line), rows that are not objects, a
+            column whose values are of several types (with its row), or no rows.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no data file {path}.{nearest_file(path)}")
+    reader = READERS.get(suffix_of(path))
+    if reader is None:
+        raise InputError(f"{path} has a suffix that is no data format: use {', '.join(sorted(READERS))}.")
+    try:
+        rows = reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it.") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path} cannot be decompressed ({error}): make it again.") from error
+    if not len(rows):
+        raise InputError(f"There are no rows in {path}.")
+    if isinstance(rows, list):
+        check_types(rows, str(path))
+    return rows
+
+
+def check_types(rows: Sequence[Any], where: str) -> None:
+    """Refuses rows that are no dicts and columns that hold several types; None and absent values count as any.
+
+    Raises:
+        InputError: with the number of the row, from 1.
+    """
+    first: dict[str, tuple[str, int]] = {}
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(
+                f"Row {number} of {where} is {short(row)}, and a row must be an object with named columns."
+            )
+        for name, value in row.items():
+            if not isinstance(name, str):
+                raise InputError(f"Row {number} of {where} has the column {short(name)}, and names must be strings.")
+            kind = _kind(value)
+            if kind is None:
+                continue
+            known, since = first.setdefault(name, (kind, number))
+            if kind != known:
+                raise InputError(
+                    f"Column {name!r} of {where} holds {kind} in row {number} and {known} in row {since}: give it one "
+                    "type."
+                )
+
+
+def _kind(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, dict):
+        return "an object"
+    return "a list"
+
+
+def _open(path: Path) -> io.TextIOBase:
+    # utf-8-sig: files from Windows start with a mark that is no part of the first column's name.
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _json_lines(path: Path) -> list[Any]:
+    rows = []
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"Line {number} of {path} is not JSON ({error}): correct or remove it.") from error
+            if not isinstance(rows[-1], dict):
+                raise InputError(f"Line {number} of {path} is {short(rows[-1])}, and a row must be an object.")
+    return rows
+
+
+def _json(path: Path) -> list[Any]:
+    with _open(path) as file:
+        body = file.read()
+    if not body.strip():
+        return []
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        # Several objects in a .json file are JSON Lines under another name.
+        first = body.lstrip().splitlines()[0]
+        if _is_object(first) and len(body.strip().splitlines()) > 1:
+            return _json_lines(path)
+        raise InputError(f"{path} is not JSON ({error}): correct it.") from error
+    if isinstance(found, dict):
+        found = _unwrapped(path, found)
+    if not isinstance(found, list):
+        raise InputError(f"{path} must hold a list of rows, {{'data': […]}} or one list per column.")
+    return found
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _unwrapped(path: Path, found: dict[str, Any]) -> Any:
+    for name in ("data", "rows"):
+        if isinstance(found.get(name), list) and all(isinstance(row, dict) for row in found[name]):
+            return found[name]
+    if found and all(isinstance(value, list) for value in found.values()):
+        lengths = {name: len(value) for name, value in found.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"The columns of {path} have different lengths ({lengths}): make them equal.")
+        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    # One row written as one object.
+    return [found]
+
+
+def _separated(separator: str) -> Callable[[Path], list[Any]]:
+    def read(path: Path) -> list[Any]:
+        with _open(path) as file:
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            rows = []
+            try:
+                names = reader.fieldnames or []
+                if len(set(names)) != len(names) or not all(names):
+                    raise InputError(f"The first line of {path} must name every column once, got {short(names)}.")
+                for row in reader:
+                    # DictReader puts surplus fields under None and fills missing ones with None.
+                    if None in row or None in row.values():
+                        raise InputError(f"Line {reader.line_num} of {path} does not have {len(names)} fields.")
+                    rows.append(dict(row))
+            except csv.Error as error:
+                raise InputError(f"Line {reader.line_num} of {path} is malformed ({error}): correct it.") from error
+        return rows
+
+    return read
+
+
+def _text(path: Path) -> list[Any]:
+    with _open(path) as file:
+        return [{"text": line} for line in file.read().splitlines() if line.strip()]
+
+
+def _arrow(kind: str) -> Callable[[Path], Any]:
+    def read(path: Path) -> Any:
+        import pyarrow
+        from datasets import Dataset
+
+        try:
+            return Dataset.from_parquet(str(path)) if kind == "parquet" else Dataset.from_file(str(path))
+        except (pyarrow.ArrowInvalid, OSError, ValueError) as error:
+            raise InputError(f"{path} is not a readable {kind} file ({short(str(error))}): make it again.") from error
+
+    return read
+
+
+#: Suffix -> reader.
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".txt": _text,
+    ".parquet": _arrow("parquet"),
+    ".arrow": _arrow("arrow"),
+}

@@ -1,0 +1,242 @@
+"""Which format a data set has, told from its columns, and how a row of it becomes an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from QEfficient.errors import InputError, OptionError
+from QEfficient.finetune.data import readers
+from QEfficient.finetune.data.examples import Example
+from QEfficient.finetune.keywords import short
+from QEfficient.suggest import did_you_mean
+
+Row = Mapping[str, Any]
+
+#: Column pairs that mean "prompt" and "completion".
+PAIRS = (
+    *(("prompt", "completion"), ("question", "answer"), ("question", "response"), ("query", "response")),
+    *(("prompt", "response"), ("input", "output"), ("user", "assistant"), ("instruction", "revision")),
+    *(("article", "summary"), ("source", "target"), ("INSTRUCTION", "RESPONSE"), ("prompt", "generation")),
+    ("prompt", "accepted_completion"),
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: when a set of column names has it, and how a row of it is read.
+
+    Attributes:
+        name: what ``dataset_format`` calls it.
+        wants: the columns it needs, for messages.
+        matches: whether a set of column names has it.
+        read: one row (an InputError, without the row's number, when a value does not fit); None when a required
+            value is empty.
+        unsupported: why rows of it cannot be used; None when they can.
+    """
+
+    name: str
+    wants: str
+    matches: Callable[[frozenset[str]], bool]
+    read: Callable[[Row], Example | None]
+    unsupported: str | None = None
+
+
+def _has(*columns: str) -> Callable[[frozenset[str]], bool]:
+    return lambda names: names.issuperset(columns)
+
+
+def _alpaca(names: frozenset[str]) -> bool:
+    return "instruction" in names and bool(names & {"output", "response"})
+
+
+def pairs_in(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The column pairs of a prompt–completion row that are present."""
+    names = set(names)
+    return [pair for pair in PAIRS if names.issuperset(pair)]
+
+
+_PREFERENCE = (
+    "rows with chosen and rejected answers need a preference trainer, which this version does not have: to tune on the "
+    "chosen answers, pass columns={'completion': 'chosen', …} with dataset_format='prompt_completion'"
+)
+
+#: In the order in which they are tried.
+_ALL = (
+    Format("tokenized", "input_ids", _has("input_ids"), readers.tokenized),
+    Format(
+        "preference",
+        "chosen, rejected",
+        lambda names: _has("chosen", "rejected")(names) or _has("chosen_response", "rejected_response")(names),
+        readers.refused,
+        _PREFERENCE,
+    ),
+    Format(
+        "unpaired_preference",
+        "prompt, completion, label",
+        lambda names: _has("prompt", "completion", "label")(names) or "kto_tag" in names,
+        readers.refused,
+        "rows with answers marked good or bad need a preference trainer, which this version does not have",
+    ),
+    Format("segments", "segments", _has("segments"), readers.segments),
+    Format("messages", "messages", _has("messages"), readers.messages),
+    Format("sharegpt", "conversations", _has("conversations"), readers.sharegpt),
+    Format("alpaca", "instruction and output or response", _alpaca, readers.alpaca),
+    Format(
+        "prompt_completion",
+        "prompt and completion, question and answer, …",
+        lambda names: bool(pairs_in(names)),
+        readers.prompt_completion(pairs_in),
+    ),
+    Format(
+        "classification",
+        "text (or sentence, or sentence1 and sentence2) and label",
+        lambda names: "label" in names and bool(names & {"text", "sentence", "sentence1"}),
+        readers.classification,
+    ),
+    Format("text", "text or content", lambda names: bool(names & {"text", "content"}), readers.document),
+)
+FORMATS = {item.name: item for item in _ALL}
+
+#: Our column names, for ``columns``.
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *[
+                "input_ids",
+                "labels",
+                "attention_mask",
+                "position_ids",
+                "completion_mask",
+                "assistant_masks",
+                "weights",
+                "segments",
+            ],
+            *["messages", "conversations", "tools", "system", "instruction", "input", "output", "response", "history"],
+            *(name for pair in PAIRS for name in pair),
+            *["system_prompt", "text", "content", "sentence", "sentence1", "sentence2", "label", "chosen", "rejected"],
+        )
+    )
+)
+
+
+def detect(columns: Iterable[str], task: str = "generation", wanted: str = "auto") -> Format:
+    """The format of rows with these columns.
+
+    Args:
+        columns: column names, after ``Renamer``.
+        task: ``"seq_classification"`` takes classification rows only, ``"generation"`` all others.
+        wanted: a format's name, or ``"auto"``.
+
+    Raises:
+        OptionError: no format fits, two prompt–completion pairs fit, the format is of another task, or it is not
+            supported; the message lists columns, candidates and the options that decide.
+    """
+    names = frozenset(columns)
+    if wanted != "auto":
+        found = FORMATS[wanted]
+        if not found.matches(names):
+            raise OptionError(
+                f"dataset_format={wanted!r} needs {found.wants}, and the data has {_listed(names)}: name the columns "
+                "with columns={'ours': 'theirs'}."
+            )
+    elif task == "seq_classification":
+        found = FORMATS["classification"]
+        if not found.matches(names):
+            raise OptionError(
+                f"task='seq_classification' needs {found.wants}, and the data has {_listed(names)}: name the columns "
+                "with columns={'text': …, 'label': …}."
+            )
+    else:
+        matching = [item for item in _ALL if item.matches(names)]
+        if not matching:
+            raise OptionError(_no_format(names))
+        found = matching[0]
+        if found.name == "classification":
+            raise OptionError(
+                f"The data has {_listed(names)}, which is classification data: set task='seq_classification', or "
+                "dataset_format='text' to train on the text."
+            )
+    if found.unsupported is not None:
+        raise OptionError(f"The data has {_listed(names)}; {found.unsupported}.")
+    if (found.name == "classification") != (task == "seq_classification"):
+        raise OptionError(f"dataset_format={found.name!r} does not fit task={task!r}: change one of them.")
+    pairs = pairs_in(names)
+    if found.name == "prompt_completion" and len(pairs) > 1:
+        raise OptionError(
+            f"The data has {_listed(names)}, where {' and '.join(f'{a}/{b}' for a, b in pairs)} could each be prompt "
+            "and answer: choose with columns={'prompt': …, 'completion': …}."
+        )
+    return found
+
+
+class Renamer:
+    """Puts the user's columns under our names, row by row.
+
+    A choice of prompt and completion hides the other pairs of the data, so that it is a choice.
+
+    Args:
+        columns: our name -> their name; None or empty changes nothing.
+        present: the columns the data has.
+
+    Raises:
+        OptionError: a name of ours that does not exist, or one of theirs that the data lacks.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None, present: Iterable[str]) -> None:
+        self._columns = dict(columns or {})
+        present = list(present)
+        for ours, theirs in self._columns.items():
+            if ours not in COLUMNS:
+                raise OptionError(
+                    f"columns names {ours!r}, which is no column of any format.{did_you_mean(ours, COLUMNS)}"
+                )
+            if theirs not in present:
+                raise OptionError(
+                    f"columns maps {ours!r} to {short(theirs)}, and the data has {_listed(present)}."
+                    f"{did_you_mean(str(theirs), present)}"
+                )
+        self._gone = {*self._columns.values(), *_hidden_by(self._columns)}
+        self.names = tuple(self(dict.fromkeys(present)))
+
+    def __call__(self, row: Row) -> dict[str, Any]:
+        """The row under our names; a column it lacks stays absent."""
+        kept = {name: value for name, value in row.items() if name not in self._gone}
+        return {**kept, **{ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row}}
+
+
+def _hidden_by(columns: Mapping[str, str]) -> set[str]:
+    if not pairs_in(columns):
+        return set()
+    names = {name for pair in PAIRS for name in pair} | {"chosen", "rejected", "label", "instruction"}
+    return names - set(columns)
+
+
+def read_row(kind: Format, row: Row, number: int) -> Example | None:
+    """One row as an example; None when a required value is empty.
+
+    Raises:
+        InputError: a value does not fit the format; the message has the row's number (from 1).
+    """
+    if not kind.matches(frozenset(row)):
+        raise InputError(
+            f"Row {number} has {_listed(row)}, and earlier rows had what the format {kind.name} needs ({kind.wants}): "
+            "give every row the same columns."
+        )
+    try:
+        return kind.read(row)
+    except InputError as error:
+        raise InputError(f"Row {number} does not fit the format {kind.name}: {error}") from error
+
+
+def _no_format(names: frozenset[str]) -> str:
+    candidates = "; ".join(f"{item.name}: {item.wants}" for item in _ALL if item.unsupported is None)
+    return (
+        f"The data has {_listed(names)}, which fits no known format ({candidates}): name the columns with "
+        "columns={'ours': 'theirs'} or set dataset_format."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"the columns {', '.join(sorted(map(str, names)))}" if names else "no columns"

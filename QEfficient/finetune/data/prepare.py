@@ -1,0 +1,239 @@
+"""The work behind ``prepare_dataset``: split, sample, read, encode, count what happened, check, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from QEfficient.errors import InputError
+from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.data.audit import LabelAudit, SplitReport, check_split, describe_split, spans
+from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
+from QEfficient.finetune.data.encode import Dropped, Encoded, EncodeOptions, RowEncoder
+from QEfficient.finetune.data.files import Rows
+from QEfficient.finetune.data.formats import Renamer, detect, pairs_in, read_row
+from QEfficient.finetune.data.sources import Source, columns_of
+from QEfficient.finetune.data.token_rows import TokenRows
+from QEfficient.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REPORT = "data_report.json"
+#: Rows between progress reports.
+_PROGRESS_EVERY = 500
+
+
+def split_rows(count: int, train_frac: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are trained on and which are for evaluation.
+
+    Args:
+        count: rows.
+        train_frac: share for training; below 1 each side gets at least one row where there are two.
+        seed: of the permutation the split is drawn by.
+
+    Returns:
+        (training, evaluation) row numbers from 0, ascending.
+    """
+    order = permutation(count, seed, SPLIT)
+    train = count if train_frac >= 1 or count < 2 else min(max(round(count * train_frac), 1), count - 1)
+    return np.sort(order[:train]), np.sort(order[train:])
+
+
+def sample_rows(rows: np.ndarray, size: int | None, seed: int) -> np.ndarray:
+    """At most ``size`` of the row numbers, drawn without replacement, in the order they had."""
+    if size is None or size >= len(rows):
+        return rows
+    return rows[np.sort(permutation(len(rows), seed, SAMPLE)[:size])]
+
+
+class Preparation:
+    """One data set on its way from rows to tokens.
+
+    Args:
+        config: what to do with the rows.
+        tokenizer: with the chat template to use.
+        source: the rows.
+
+    Raises:
+        OptionError: no format fits the columns, or a column is mapped that is not there.
+    """
+
+    def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+        self.config, self.tokenizer, self.source = config, tokenizer, source
+        self._renamer = Renamer(config.columns, columns_of(source.train))
+        self.format = detect(self._renamer.names, config.task, config.dataset_format)
+        self.notes = list(source.notes)
+        self._encoder = self.encoder(config, tokenizer)
+        self._done: dict[str, tuple[TokenRows, SplitReport]] = {}
+        self._names: dict[str, int] | None = None
+        self._audit: LabelAudit | None = None
+
+    @staticmethod
+    def encoder(config: QEffConfig, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """The encoder of a configuration."""
+        names = [f.name for f in dataclasses.fields(EncodeOptions)]
+        return RowEncoder(tokenizer, EncodeOptions(**{name: getattr(config, name) for name in names}))
+
+    @property
+    def joiner(self) -> str:
+        """What stands between prompt and answer where there is no chat template."""
+        if self.format.name == "alpaca":
+            return "\n"
+        pairs = pairs_in(self._renamer.names)
+        return "\n" if self.format.name == "prompt_completion" and pairs[0] != ("prompt", "completion") else ""
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON values."""
+        names = [
+            "train_frac",
+            "max_ctx_len",
+            "task",
+            "columns",
+            "system_prompt",
+            "train_on",
+            "truncation",
+            "sample_size",
+            "seed",
+        ]
+        return {"format": self.format.name, **{name: getattr(self.config, name) for name in names}}
+
+    def run(self, progress: Progress) -> None:
+        """Does the work.
+
+        Raises:
+            InputError: a row that does not fit the format, answers that do not fit the length, no trained token.
+        """
+        config, source = self.config, self.source
+        if source.evaluation is None:
+            train, evaluation = split_rows(len(source.train), config.train_frac, config.seed)
+            parts = {"train": (source.train, train), "eval": (source.train, evaluation)}
+            if not len(evaluation) and config.train_frac < 1:
+                self.notes.append("there is one row only, so there are none for evaluation.")
+        else:
+            parts = {
+                "train": (source.train, np.arange(len(source.train))),
+                "eval": (source.evaluation, np.arange(len(source.evaluation))),
+            }
+        rows, numbers = parts["train"]
+        parts["train"] = rows, sample_rows(numbers, config.sample_size, config.seed)
+        if config.sample_size is not None and config.sample_size > len(numbers):
+            self.notes.append(
+                f"sample_size={config.sample_size} is more than the {len(numbers)} training rows: all are used."
+            )
+        encoded = {
+            name: self._encode(name, rows, numbers, progress) for name, (rows, numbers) in parts.items() if len(numbers)
+        }
+        if config.task == "seq_classification":
+            self._names = self._classes(encoded)
+        for name, (found, dropped, marks) in encoded.items():
+            tokens = TokenRows.from_encoded(found, self._names)
+            without_end = 0 if tokens.classes else sum(not _trains_end(row) for _, row in found)
+            report = describe_split(tokens, len(parts[name][1]), dropped, marks, without_end)
+            self.notes += check_split(name, report, self._hint())
+            self._done[name] = tokens, report
+        self._audit = self._make_audit()
+
+    def _encode(
+        self, name: str, rows: Rows, numbers: np.ndarray, progress: Progress
+    ) -> tuple[list[tuple[int, Encoded]], Counter[str], Counter[str]]:
+        found: list[tuple[int, Encoded]] = []
+        dropped: Counter[str] = Counter()
+        marks: Counter[str] = Counter()
+        needs: list[tuple[int, int]] = []
+        for done, index in enumerate(numbers.tolist()):
+            if done % _PROGRESS_EVERY == 0:
+                progress(f"tokenizing {name} rows", done, len(numbers))
+            example = read_row(self.format, self._renamer(rows[index]), index + 1)
+            if example is None:
+                dropped["empty"] += 1
+                continue
+            try:
+                row = self._encoder.encode(example)
+            except InputError as error:
+                raise InputError(f"Row {index + 1} cannot be encoded: {error}") from error
+            if isinstance(row, Dropped):
+                dropped[row.reason] += 1
+                needs += [(row.needs, index + 1)] if row.needs else []
+                continue
+            marks.update(row.marks)
+            found.append((index + 1, row))
+        if needs:
+            raise InputError(self._too_long(name, needs, len(numbers)))
+        return found, dropped, marks
+
+    def _too_long(self, name: str, needs: list[tuple[int, int]], count: int) -> str:
+        longest, number = max(needs)
+        if self.config.truncation == "error":
+            return (
+                f"{len(needs)} of {count} {name} rows are longer than max_ctx_len={self.config.max_ctx_len} (the "
+                f"longest, row {number}, has {longest} tokens): raise it to {longest} or choose another truncation."
+            )
+        return (
+            f"The answers of {len(needs)} of {count} {name} rows do not fit into max_ctx_len={self.config.max_ctx_len} "
+            f"(row {number} needs {longest} without its question): raise max_ctx_len to more than {longest}, or set "
+            "truncation='cut_answer' or 'drop'."
+        )
+
+    def _classes(self, encoded: dict[str, Any]) -> dict[str, int]:
+        """Label name -> class id; labels that are integers keep their number."""
+        train = [(number, row.label) for number, row in encoded["train"][0]]
+        if any(isinstance(label, int) for _, label in train):
+            top = max((label for _, label in train if isinstance(label, int)), default=0)
+            names = {str(label): label for label in range(top + 1)}
+        else:
+            names = {label: index for index, label in enumerate(sorted({label for _, label in train}))}
+        for number, row in encoded.get("eval", ([],))[0]:
+            if str(row.label) not in names:
+                raise InputError(f"Evaluation row {number} has the label {row.label!r}, which no training row has.")
+        if len(names) < 2 and train:
+            raise InputError(f"Every training row has the label {train[0][1]!r}: classes cannot be learned from one.")
+        return names
+
+    def _hint(self) -> str:
+        if self.format.name in ("tokenized", "segments"):
+            return "give labels that are not all -100"
+        if self.config.truncation == "drop":
+            return "raise max_ctx_len or set truncation='truncate'"
+        return "check the columns, max_ctx_len and train_on"
+
+    def _make_audit(self) -> LabelAudit:
+        train = self._done["train"][0]
+        if self.format.name == "tokenized" and not {"labels", "completion_mask", "assistant_masks"} & set(
+            self._renamer.names
+        ):
+            self.notes.append("the rows have input_ids and no labels, so every token is trained.")
+        return LabelAudit(
+            self.source.name,
+            self.format.name,
+            {name: report for name, (_, report) in self._done.items()},
+            spans(train, 0, self.tokenizer),
+            int(train.numbers[0]),
+            self.notes,
+            self._names,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Writes the tokens and the report into an empty directory."""
+        assert self._audit is not None
+        for name, (rows, _) in self._done.items():
+            rows.save(directory, name)
+        body = json.dumps(self._audit.to_dict(), ensure_ascii=False)
+        (directory / _REPORT).write_text(body, encoding="utf-8")
+
+    @staticmethod
+    def load(directory: Path) -> tuple[TokenRows, TokenRows | None, LabelAudit]:
+        """What ``save`` wrote: training rows, evaluation rows or None, the audit."""
+        audit = LabelAudit.from_dict(json.loads((directory / _REPORT).read_text(encoding="utf-8")))
+        classes = audit.classes is not None
+        train = TokenRows.load(directory, "train", classes)
+        return train, TokenRows.load(directory, "eval", classes) if "eval" in audit.splits else None, audit
+
+
+def _trains_end(row: Encoded) -> bool:
+    return any(row.weights[end] for end in row.ends)

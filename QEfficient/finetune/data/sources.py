@@ -1,0 +1,192 @@
+"""Where rows come from: bundled data, a file, a directory, the hub, or objects in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import InputError, OptionError
+from QEfficient.finetune.config import QEffConfig, describe_memory
+from QEfficient.finetune.data.files import Rows, check_types, is_data_file, read_file, suffix_of
+from QEfficient.finetune.keywords import short
+from QEfficient.finetune.settings_file import nearest_file
+from QEfficient.suggest import did_you_mean
+
+#: Data that comes with this library: name -> file beside this package.
+BUNDLED = {"sample": "arithmetic.jsonl"}
+_SAMPLES = Path(__file__).parent.parent / "samples"
+
+TRAIN_NAMES = ("train", "training")
+#: Without a validation split, the test split is what a user would evaluate on.
+EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows as they were written.
+
+    Attributes:
+        name: for people.
+        train: the rows; all of them when there is no evaluation split.
+        evaluation: the source's own evaluation rows, or None.
+        notes: what was decided about the splits, one sentence each.
+    """
+
+    name: str
+    train: Rows
+    evaluation: Rows | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_source(config: QEffConfig) -> Source:
+    """The rows that ``config.dataset_name`` names.
+
+    Raises:
+        InputError: data that is missing, malformed, empty or of mixed types.
+        OptionError: a split that does not exist, or a name that is nothing known.
+    """
+    data = config.dataset_name
+    if data is None:
+        raise OptionError(
+            "QEffConfig needs dataset_name: 'sample', a file, a directory, a hub id or a list of rows; only a custom "
+            "dataset class does without."
+        )
+    if not isinstance(data, str):
+        splits = _from_memory(data)
+        return _choose(describe_memory(data), splits, config)
+    if data in BUNDLED:
+        return _choose(f"{data} (bundled)", {"train": read_file(_SAMPLES / BUNDLED[data])}, config)
+    path = Path(data).expanduser()
+    if path.is_file():
+        return _choose(str(path), {"train": read_file(path)}, config)
+    if path.is_dir():
+        return _choose(str(path), _from_directory(path, config), config)
+    if is_data_file(path) or path.is_absolute() or data.startswith((".", "~")) or not _HUB_ID.fullmatch(data):
+        raise InputError(f"There is no data at {path}.{nearest_file(path)}")
+    return _choose(data, _from_hub(data, config), config)
+
+
+def bundled_path(name: str) -> Path:
+    """The file of a bundled data set; OptionError naming the nearest for an unknown name."""
+    if name not in BUNDLED:
+        raise OptionError(f"There is no bundled data set {name!r}.{did_you_mean(name, BUNDLED)}")
+    return _SAMPLES / BUNDLED[name]
+
+
+def _from_memory(data: Any) -> dict[str, Rows]:
+    if isinstance(data, Mapping):
+        # A DatasetDict, or a plain dict of splits.
+        return {str(name): rows_of(rows, f"split {name!r}") for name, rows in data.items()}
+    return {"train": rows_of(data, "dataset_name")}
+
+
+def rows_of(data: Any, where: str, check: bool = True) -> Rows:
+    """Rows from an iterable of dicts, a ``datasets.Dataset`` or a torch ``Dataset``.
+
+    Raises:
+        InputError: not rows, none, or (with ``check``) columns of mixed types.
+    """
+    if _is_arrow(data):
+        rows: Any = data
+    elif callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):
+        rows = data.to_dict(orient="records")  # a pandas DataFrame
+    elif isinstance(data, str | bytes | Mapping):
+        raise InputError(f"{where} must be rows, each a dict of named columns, got {short(data)}.")
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        # Not by iterating: a torch Dataset counts on an IndexError that its code need not raise.
+        rows = [_as_dict(data[index]) for index in range(len(data))]
+    elif isinstance(data, Iterable):
+        rows = [_as_dict(row) for row in data]
+    else:
+        raise InputError(f"{where} must be rows, each a dict of named columns, got {short(data)}.")
+    if not len(rows):
+        raise InputError(f"There are no rows in {where}.")
+    if check and isinstance(rows, list):
+        check_types(rows, where)
+    return rows
+
+
+def _as_dict(row: Any) -> Any:
+    return dict(row) if isinstance(row, Mapping) else row
+
+
+def _is_arrow(data: Any) -> bool:
+    # Asked by name: `datasets` takes a second to import, and a list of dicts does not need it.
+    return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "column_names")
+
+
+def _from_directory(path: Path, config: QEffConfig) -> dict[str, Rows]:
+    names = {entry.name for entry in path.iterdir()}
+    if "dataset_dict.json" in names or ("state.json" in names and "dataset_info.json" in names):
+        from datasets import load_from_disk
+
+        return _from_memory(load_from_disk(str(path)))
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and is_data_file(entry))
+    known: dict[str, Path] = {}
+    for file in files:
+        stem = file.name.lower().removesuffix(".gz").removesuffix(suffix_of(file))
+        if stem in (*TRAIN_NAMES, *EVAL_NAMES, config.train_split, config.eval_split):
+            if stem in known:
+                raise InputError(f"{path} has two files for the split {stem!r} ({known[stem].name}, {file.name}).")
+            known[stem] = file
+    if not known and len(files) == 1:
+        known = {"train": files[0]}
+    if known:
+        return {name: read_file(file) for name, file in known.items()}
+    return _from_hub(str(path), config)
+
+
+def _from_hub(name: str, config: QEffConfig) -> dict[str, Rows]:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config.dataset_config)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        # datasets raises its own subclasses of these: not found, no network, no such subset, a malformed file.
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"The data set {name} cannot be loaded ({reason[:300]}): check the name, the network and dataset_config, "
+            f"or pass a file.{did_you_mean(name, BUNDLED)}"
+        ) from error
+    return _from_memory(found)
+
+
+def _choose(name: str, splits: dict[str, Rows], config: QEffConfig) -> Source:
+    train_name = _named(config.train_split, splits, "train_split")
+    if train_name is None:
+        train_name = next((known for known in TRAIN_NAMES if known in splits), None)
+    if train_name is None and len(splits) == 1:
+        train_name = next(iter(splits))
+    if train_name is None:
+        raise OptionError(f"{name} has the splits {', '.join(sorted(splits))}: choose one with train_split.")
+    eval_name = _named(config.eval_split, splits, "eval_split")
+    if eval_name is None and config.train_frac < 1:
+        eval_name = next((known for known in EVAL_NAMES if known in splits and known != train_name), None)
+    if eval_name is None:
+        return Source(name, splits[train_name])
+    if eval_name == train_name:
+        raise OptionError(f"train_split and eval_split are both {eval_name!r}: a model must be measured on other rows.")
+    notes = (f"the rows of the split {eval_name!r} are for evaluation, so train_frac is not used.",)
+    return Source(name, splits[train_name], splits[eval_name], notes)
+
+
+def _named(name: str | None, splits: Mapping[str, Rows], option: str) -> str | None:
+    if name is not None and name not in splits:
+        raise OptionError(
+            f"{option}={name!r} is no split of the data, which has {', '.join(sorted(splits))}."
+            f"{did_you_mean(name, splits)}"
+        )
+    return name
+
+
+def columns_of(rows: Rows) -> list[str]:
+    """The column names of some rows; those of the first row first."""
+    names = getattr(rows, "column_names", None)
+    if names is not None:
+        return list(names)
+    return list(dict.fromkeys(name for row in rows for name in row))

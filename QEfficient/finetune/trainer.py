@@ -1,0 +1,344 @@
+"""QEffTrainer: the transformers Trainer over a compiled step, with exact losses, checkpoints and resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from QEfficient.errors import InputError, OptionError, TrainingError
+from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.callbacks import METRICS_FILE, LossPlot, MetricsFile, ProgressLine
+from QEfficient.finetune.checkpoint import (
+    ADAPTER_WEIGHTS,
+    MODEL_WEIGHTS,
+    STATE,
+    check_same_run,
+    checkpoints,
+    load_tensors,
+    publish,
+    remove_unfinished,
+    save_tensors,
+    staging,
+    write_run,
+)
+from QEfficient.finetune.compiled_step import CompiledStep
+from QEfficient.finetune.data.batching import BatchOrder
+from QEfficient.finetune.data.collate import without_labels
+from QEfficient.finetune.data.loader import Rows
+from QEfficient.finetune.data_manager import QEffDataManager
+from QEfficient.finetune.meter import Meter
+
+PICTURE = "loss.png"
+
+
+class QEffTrainer(Trainer):
+    """Trains a `CompiledStep`: `train`, `evaluate`, `save_model` as in transformers.
+
+    What differs from transformers' Trainer: losses and evaluation are sums over trained tokens divided by their number,
+    however batches are cut; checkpoints appear whole or not at all; a run resumes to the same bits; a loss that is not
+    a number stops the run.
+
+    Args:
+        step: the compiled step.
+        args: how to run.
+        data: the data manager that made the rows; its collator and order are used.
+        train_dataset, eval_dataset: rows of ``data.prepare_dataset()``.
+        run_identity: JSON-ready values a resumed run must share.
+        callbacks: transformers callbacks besides the built-in ones.
+    """
+
+    def __init__(
+        self,
+        step: CompiledStep,
+        args: QEffTrainingArgs,
+        data: QEffDataManager,
+        train_dataset: Rows | None,
+        eval_dataset: Rows | None = None,
+        *,
+        run_identity: Mapping[str, Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        tokenizer: Any = None,
+    ) -> None:
+        self.data, self.run_identity = data, dict(run_identity or {})
+        self.meter = Meter()
+        args.logging_nan_inf_filter = False
+        own: list[TrainerCallback] = [MetricsFile(args.logs_dir)]
+        if args.plot:
+            own.append(LossPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))
+        super().__init__(
+            model=step,
+            args=args,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            data_collator=self._collate,
+            callbacks=[*own, *callbacks],
+        )
+        self.tokenizer = tokenizer
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = not step.is_classifier
+        for noisy in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noisy)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressLine())
+
+    # ------------------------------------------------------------------ batches
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.data.collate(rows, pad_token_id=self.data.pad_token_id)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches whose order is a function of (seed, epoch); every rank takes its share of each global batch."""
+        if self.train_dataset is None:
+            raise InputError("this trainer has no training rows: pass train_dataset.")
+        return self._loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Batches of the evaluation rows in their order."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if rows is None:
+            raise InputError("there are no evaluation rows: lower train_frac or pass an evaluation split.")
+        return self._loader(rows, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def _loader(self, rows: Any, batch_size: int, shuffle: bool) -> DataLoader:
+        loader = self.data.get_dataloader(
+            rows, batch_size, shuffle, rank=self.args.process_index, world_size=self.args.world_size
+        )
+        return DataLoader(_Fillable(rows), batch_sampler=_Epochs(loader.batch_sampler), collate_fn=self._collate)
+
+    # ------------------------------------------------------------------ the step
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the loss of the whole window: weights are 1 / (its trained labels, all ranks)."""
+        step: CompiledStep = self.accelerator.unwrap_model(model)
+        items = float(num_items_in_batch) if num_items_in_batch is not None else None
+        if items == 0:
+            raise InputError("every label of this optimizer step is masked (-100): there is nothing to train on.")
+        loss = model(**inputs, normaliser=items)
+        result = step.last
+        if result is None or not math.isfinite(result.loss):
+            raise TrainingError(
+                f"the loss became {None if result is None else result.loss} after optimizer step "
+                f"{self.state.global_step}: lower learning_rate or raise warmup_steps; the last checkpoint is intact."
+            )
+        trained = result.trained_tokens
+        mask = inputs["attention_mask"]
+        self.meter.add(result.loss * (items or max(trained, 1)), trained, int((mask != 0).sum()), mask.numel())
+        if self.args.world_size > 1 and items is not None:
+            loss = loss * self.args.world_size  # DistributedDataParallel takes the mean of the ranks' gradients
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds rates and memory to training logs; the loss is a mean over the window's trained tokens."""
+        if "loss" in logs:
+            rates = self.meter.read()
+            if self.args.world_size > 1:
+                rates.pop("loss", None)  # the other ranks' tokens are in transformers' figure only
+            logs = {**logs, **rates}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss per trained token over all rows, and perplexity; accuracy for a classifier. Runs no backward pass."""
+        began = time.perf_counter()
+        step: CompiledStep = self.accelerator.unwrap_model(self.model)
+        totals = torch.zeros(4, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                loss = step(**batch, normaliser=1.0)
+                result = step.last
+                assert result is not None
+                totals[0] += float(loss)
+                totals[1] += result.trained_tokens
+                totals[2] += int((batch["attention_mask"] != 0).sum())
+                if step.is_classifier:
+                    labels = batch["labels"].numpy()
+                    totals[3] += int(((result.logprobs.argmax(1) == labels) & (labels >= 0)).sum())
+        if self.args.world_size > 1:
+            dist.all_reduce(totals)
+        seconds = time.perf_counter() - began
+        if totals[1] == 0:
+            raise InputError("every label of the evaluation rows is masked: there is nothing to measure.")
+        mean = float(totals[0] / totals[1])
+        metrics = {f"{metric_key_prefix}_loss": mean}
+        if step.is_classifier:
+            metrics[f"{metric_key_prefix}_accuracy"] = float(totals[3] / totals[1])
+        else:
+            metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700.0))
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        metrics[f"{metric_key_prefix}_tokens_per_second"] = round(float(totals[2]) / max(seconds, 1e-9), 1)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meter.pause(time.perf_counter() - began)
+        return metrics
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
+        """Trains; see transformers. ``resume_from_checkpoint=True`` continues from the latest complete checkpoint.
+
+        Raises:
+            OptionError: the checkpoint is of another model or run, or there is none.
+            TrainingError: the loss is not a number any more.
+        """
+        output = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            remove_unfinished(output)
+        chosen: str | None = None
+        if resume_from_checkpoint is True:
+            found = checkpoints(output)
+            if not found:
+                raise OptionError(
+                    f"there is no checkpoint in {output} to resume from: leave resume_from_checkpoint out."
+                )
+            chosen = str(found[-1])
+        elif resume_from_checkpoint:
+            chosen = str(resume_from_checkpoint)
+            if not (Path(chosen) / STATE).is_file():
+                raise OptionError(f"{chosen} is not a complete checkpoint: it has no {STATE}.")
+        if chosen is not None:
+            check_same_run(Path(chosen), self.run_identity)
+        return super().train(resume_from_checkpoint=chosen, **more)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes ``checkpoint-N`` beside its place and moves it there: it is complete or absent."""
+        began = time.perf_counter()
+        output = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        place = staging(output, name)
+        if self.is_world_process_zero():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+        self._barrier()
+        if self.state.best_global_step:
+            best = output / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir() or best.name == name:
+                self.state.best_model_checkpoint = str(best)
+        self.save_model(str(place), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(place))
+            self._save_rng_state(str(place))
+        if self.is_world_process_zero():
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            write_run(place, self.run_identity)
+            self.state.save_to_json(str(place / STATE))
+        self._barrier()
+        if self.is_world_process_zero():
+            publish(place, output / name)
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self._barrier()
+        self.meter.pause(time.perf_counter() - began)
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trained tensors under the names everyone reads, the adapter's configuration, and the tokenizer."""
+        place = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        save_trained(self._step, place)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(place))
+
+    @property
+    def _step(self) -> CompiledStep:
+        step: CompiledStep = self.accelerator.unwrap_model(self.model)
+        return step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self._step, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            load_trained(self._step, Path(self.state.best_model_checkpoint))
+
+
+def save_trained(step: CompiledStep, directory: Path) -> None:
+    """Writes a step's trained tensors: a PEFT adapter, or ``model.safetensors`` with the model's configuration."""
+    if step.adapter is None:
+        save_tensors(step.file_tensors(), directory / MODEL_WEIGHTS)
+        step.config.save_pretrained(str(directory))
+        return
+    save_tensors(step.file_tensors(), directory / ADAPTER_WEIGHTS)
+    config = step.peft_config.to_dict()
+    config = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in config.items()}
+    config = {k: getattr(v, "value", v) for k, v in config.items()} | {"inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def load_trained(step: CompiledStep, directory: Path) -> None:
+    """Reads trained tensors back into a step.
+
+    Raises:
+        OptionError, PackageError: of another model, or damaged.
+    """
+    named = dict(step.named_parameters())
+    expected = {step.file_names[name]: tuple(parameter.shape) for name, parameter in named.items()}
+    found = load_tensors(directory, expected)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(torch.from_numpy(found[step.file_names[name]]))
+
+
+class _Fillable(Dataset):
+    """Rows, and at index -1 one that fills a place and trains nothing."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return without_labels(self.rows[0]) if index < 0 else self.rows[index]
+
+
+class _Epochs:
+    """A batch sampler that transformers' loop can tell the epoch: it looks for a ``batch_sampler`` inside."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order, self.batch_size, self.drop_last = order, order.batch_size, False
+
+    @property
+    def batch_sampler(self) -> _Epochs:
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)

@@ -1,0 +1,145 @@
+"""How large the values of a graph are when its symbolic dimensions have given sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from QEfficient.errors import OptionError
+from QEfficient.suggest import did_you_mean
+
+Dims = tuple[int, ...]
+
+_COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
+_PRODUCTS = {"MatMul", "Gemm"}
+
+
+class Sizes:
+    """Shapes and bytes of values.
+
+    Values carry shapes whose dimensions are numbers or expressions of symbols (``2*batch_size``). Where a value has
+    none, its shape follows from its inputs: exactly for element-wise operators, products and indexing with constants;
+    a slice whose bounds depend on data counts as an equal share among the slices of one value, and anything else as
+    large as its largest input.
+
+    Args:
+        symbols: the size of every symbol, or one size for all of them.
+    """
+
+    def __init__(self, symbols: Mapping[str, int] | int) -> None:
+        self.symbols = symbols
+        self._dims: dict[str, int] = {}
+        self._shapes: dict[ir.Value, Dims] = {}
+
+    def elements(self, value: ir.Value) -> int:
+        return math.prod(self.shape(value))
+
+    def nbytes(self, value: ir.Value) -> int:
+        dtype = self._dtype(value)
+        return math.ceil(self.elements(value) * dtype.bitwidth / 8)
+
+    def shape(self, value: ir.Value) -> Dims:
+        """The value's dimensions.
+
+        Raises:
+            OptionError: a symbol has no size.
+        """
+        if value not in self._shapes:
+            todo = [value]
+            while todo:  # not by recursion: a chain of nodes may be thousands long
+                current = todo[-1]
+                producer = current.producer()
+                if current.shape is None and current.const_value is None and producer is not None:
+                    missing = [v for v in producer.inputs if v is not None and v not in self._shapes]
+                    if missing:
+                        todo += missing
+                        continue
+                self._shapes[current] = self._of(current, producer)
+                todo.pop()
+        return self._shapes[value]
+
+    def _of(self, value: ir.Value, producer: ir.Node | None) -> Dims:
+        if value.shape is not None:
+            return tuple(self._dim(d) for d in value.shape)
+        if value.const_value is not None:
+            return tuple(value.const_value.shape.numpy())
+        if producer is None:
+            return ()
+        return self._inferred(producer)
+
+    def _dim(self, dim: int | ir.SymbolicDim) -> int:
+        if isinstance(dim, int):
+            return dim
+        text = str(dim.value)
+        if text not in self._dims:
+            names = sorted(dim.free_symbols())
+            sizes = dict.fromkeys(names, self.symbols) if isinstance(self.symbols, int) else self.symbols
+            unknown = [name for name in names if name not in sizes]
+            if unknown or not names:
+                raise OptionError(
+                    f"the graph has a dimension {text!r} and no size was given for {unknown or [text]}."
+                    f"{did_you_mean((unknown or [text])[0], sizes)}"
+                )
+            self._dims[text] = int(dim.evaluate(dict(sizes)))  # type: ignore[arg-type]
+        return self._dims[text]
+
+    def _inferred(self, node: ir.Node) -> Dims:
+        shapes = [self._shapes[v] for v in node.inputs if v is not None]
+        if node.op_type in ("Shape", "Size", "NonZero") or not shapes:
+            return (len(shapes[0]),) if shapes else ()
+        if node.op_type in _PRODUCTS:
+            return _product(node, shapes)
+        if node.op_type == "Gather" and len(shapes[0]) > 0:
+            axis = _int(node, "axis", 0) % len(shapes[0])
+            return (*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])
+        if node.op_type == "Slice":
+            return self._slice(node, shapes[0])
+        try:
+            return np.broadcast_shapes(*shapes)
+        except ValueError:
+            return max(shapes, key=math.prod)
+
+    def _slice(self, node: ir.Node, shape: Dims) -> Dims:
+        source = node.inputs[0]
+        siblings = [n for n in source.consumers() if n.op_type == "Slice"] if source is not None else []
+        axes = node.inputs[3] if len(node.inputs) > 3 else None
+        axis = int(axes.const_value.numpy()[0]) if axes is not None and axes.const_value is not None else 0
+        share = list(shape)
+        share[axis] = math.ceil(shape[axis] / max(1, len(siblings)))
+        return tuple(share)
+
+    def _dtype(self, value: ir.Value) -> ir.DataType:
+        for _ in range(32):
+            producer = value.producer()
+            if value.dtype is not None:
+                return value.dtype
+            if value.const_value is not None:
+                return value.const_value.dtype
+            if producer is None:
+                return ir.DataType.FLOAT
+            if producer.op_type in _COMPARISONS:
+                return ir.DataType.BOOL
+            if producer.op_type == "Cast":
+                return ir.DataType(_int(producer, "to", 1))
+            if producer.op_type in ("Shape", "Size"):
+                return ir.DataType.INT64
+            known = [v for v in producer.inputs if v is not None]
+            if not known:
+                return ir.DataType.FLOAT
+            value = known[-1] if producer.op_type == "Where" else known[0]
+        return ir.DataType.FLOAT
+
+
+def _product(node: ir.Node, shapes: list[Dims]) -> Dims:
+    a, b = shapes[0], shapes[1]
+    if node.op_type == "Gemm":
+        return (a[1] if _int(node, "transA", 0) else a[0], b[0] if _int(node, "transB", 0) else b[1])
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    found = node.attributes.get(name)
+    return int(found.value) if found is not None else default
