@@ -79,6 +79,14 @@ class TargetFlags:
     ] = None
     aic_enable_depth_first: Annotated[bool, _switch("--aic-enable-depth-first", "Schedule depth first.")] = False
     allow_mxint8_mdp_io: Annotated[bool, _switch("--allow-mxint8-mdp-io", "MXINT8 between accelerators.")] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write what the target's compiler takes, without compiling. (Cloud AI only)",
+            rich_help_panel=_TARGET,
+        ),
+    ] = False
 
 
 def asked(*groups: ShapeFlags | EncoderFlags | TargetFlags) -> CompileOptions:

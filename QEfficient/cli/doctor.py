@@ -21,8 +21,6 @@ from QEfficient.store.home import cache_home
 if TYPE_CHECKING:
     from QEfficient.targets.base import Availability
 
-QAIC_COMPILER = Path("/opt/qti-aic/exec/qaic-compile")
-
 
 def doctor(cache_dir: CacheDir = None) -> None:
     """Shows which targets can compile and run here, what is installed and how much room there is.
@@ -43,12 +41,6 @@ def doctor(cache_dir: CacheDir = None) -> None:
         details = "\n".join([check.detail, *check.missing])
         targets.add_row(check.target, _yes(check.can_compile), _yes(check.can_run), escape(details))
     console.print(targets)
-    compiler = "is here" if QAIC_COMPILER.exists() else "is not here"
-    console.print(
-        f"Cloud AI 100 is not a target of this version ({QAIC_COMPILER} {compiler}); its compile options are only "
-        "recorded.\n",
-        markup=False,
-    )
     console.print(_libraries())
     missing = [name for name in requirements(EXPORT) if version(name) is None]
     if missing:

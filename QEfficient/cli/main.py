@@ -14,6 +14,7 @@ from QEfficient.cli.doctor import doctor
 from QEfficient.cli.embed import embed
 from QEfficient.cli.execute import execute
 from QEfficient.cli.export import export
+from QEfficient.cli.finetune import finetune
 from QEfficient.cli.infer import infer
 from QEfficient.cli.validate import validate
 from QEfficient.version import __version__
@@ -51,6 +52,6 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, execute, validate, doctor):
+for _command in (infer, embed, export, compile, execute, validate, finetune, doctor):
     add_command(app, _command)
 app.add_typer(cache.app)

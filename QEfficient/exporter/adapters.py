@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,16 +72,30 @@ def scaling_as_input(model: nn.Module, adapter_name: str, tensor: torch.Tensor) 
     Args:
         tensor: float [number of LoRA modules].
     """
-    changed: list[tuple[dict[str, Any], Any]] = []
+    changed: list[tuple[LoraLayer, Any]] = []
     try:
         for i, (_, module) in enumerate(lora_modules(model)):
             if adapter_name in module.scaling:
-                changed.append((module.scaling, module.scaling[adapter_name]))
+                changed.append((module, module.scaling[adapter_name]))
                 module.scaling[adapter_name] = tensor[i]
+                if hasattr(module, "get_delta_factors"):
+                    vars(module)["get_delta_factors"] = _scaled_factors(module)
         yield
     finally:
-        for scaling, value in changed:
-            scaling[adapter_name] = value
+        for module, value in changed:
+            module.scaling[adapter_name] = value
+            vars(module).pop("get_delta_factors", None)
+
+
+def _scaled_factors(module: Any) -> Callable[[str], tuple[torch.Tensor, torch.Tensor, float]]:
+    """For stacked experts: PEFT hands the scaling to an operator that takes a Python number only."""
+    factors = type(module).get_delta_factors
+
+    def scaled(adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        left, right, scale = factors(module, adapter_name)
+        return left * scale, right, 1.0
+
+    return scaled
 
 
 def base_name(name: str) -> str:

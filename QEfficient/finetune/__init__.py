@@ -12,17 +12,44 @@ if TYPE_CHECKING:
     from QEfficient.finetune.compiled_step import CompiledStep
     from QEfficient.finetune.config import QEffConfig
     from QEfficient.finetune.data_manager import QEffDataManager
+    from QEfficient.finetune.qaic_utils import QAICCompiler, QAICLoader
+    from QEfficient.finetune.model_manager import QEffModelManager
+    from QEfficient.finetune.onnx_utils import ONNXModel
+    from QEfficient.finetune.refine import QEfficient
+    from QEfficient.finetune.step_package import StepOptions
+    from QEfficient.finetune.step_session import StepSession
+    from QEfficient.finetune.trainer import QEffTrainer
 
 #: Public name -> where it lives.
 _PUBLIC = {
     "CompiledStep": "QEfficient.finetune.compiled_step:CompiledStep",
+    "QAICCompiler": "QEfficient.finetune.qaic_utils:QAICCompiler",
+    "QAICLoader": "QEfficient.finetune.qaic_utils:QAICLoader",
+    "ONNXModel": "QEfficient.finetune.onnx_utils:ONNXModel",
+    "QEffModelManager": "QEfficient.finetune.model_manager:QEffModelManager",
+    "QEffTrainer": "QEfficient.finetune.trainer:QEffTrainer",
+    "QEfficient": "QEfficient.finetune.refine:QEfficient",
+    "StepOptions": "QEfficient.finetune.step_package:StepOptions",
+    "StepSession": "QEfficient.finetune.step_session:StepSession",
     "QEffConfig": "QEfficient.finetune.config:QEffConfig",
     "QEffDataManager": "QEfficient.finetune.data_manager:QEffDataManager",
     "QEffTrainingArgs": "QEfficient.finetune.arguments:QEffTrainingArgs",
     "QEffTrainingArguments": "QEfficient.finetune.arguments:QEffTrainingArgs",
 }
 
-__all__ = ["CompiledStep", "QEffConfig", "QEffDataManager", "QEffTrainingArgs", "QEffTrainingArguments"]
+__all__ = [
+    "CompiledStep",
+    "ONNXModel",
+    "QEffConfig",
+    "QEffDataManager",
+    "QEffModelManager",
+    "QEffTrainer",
+    "QEffTrainingArgs",
+    "QEffTrainingArguments",
+    "QEfficient",
+    "StepOptions",
+    "StepSession",
+]
 
 
 def __getattr__(name: str) -> Any:

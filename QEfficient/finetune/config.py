@@ -100,11 +100,8 @@ class QEffConfig:
     def __init__(
         self, model_id: str | os.PathLike[str] | None = None, dataset_name: Any = None, **options: Any
     ) -> None:
-        given = dict(options)
-        if model_id is not None:
-            given["model_id"] = model_id
-        if dataset_name is not None:
-            given["dataset_name"] = dataset_name
+        named = {"model_id": model_id, "dataset_name": dataset_name}
+        given = {**{name: value for name, value in named.items() if value is not None}, **options}
         fill(self, canonical(given, [f.name for f in dataclasses.fields(self)], ALIASES, "QEffConfig"))
         self._check()
 

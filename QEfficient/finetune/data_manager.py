@@ -59,7 +59,8 @@ class QEffDataManager:
         tokenizer: with the chat template of the configuration; what belongs beside the tuned model.
         pad_token_id: what fills batches.
         audit: the label audit, after ``prepare_dataset``.
-        label_names: label name -> class id, for classification with names; else None.
+        label_names: label name -> class id, for classification; else None.
+        fingerprint: identifies the tokenized data, after ``prepare_dataset``.
 
     Raises:
         OptionError: a contradiction between ``config`` and ``args``, or an unknown chat template.
@@ -79,12 +80,17 @@ class QEffDataManager:
         self.args = args
         self._custom = custom_dataset_class
         self._home = None if cache_home_dir is None else Path(cache_home_dir)
-        self._fingerprint = ""
+        self.fingerprint = ""
         self._joiner = ""
         self.notes: list[str] = list(self.config.notices())
         self.pad_token_id = self._choose_padding()
         self.audit: LabelAudit | None = None
         self.label_names: dict[str, int] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The key of the prepared data; empty before ``prepare_dataset``."""
+        return self._fingerprint
 
     def _choose_padding(self) -> int:
         tokenizer = self.tokenizer
@@ -122,7 +128,7 @@ class QEffDataManager:
             preparation.save(directory)
 
         found = store.build(KIND, key, build, label=f"tokenized data of {source.name}")
-        self._fingerprint = key
+        self.fingerprint = key
         train, evaluation, audit = Preparation.load(found)
         audit.notes = [*self.notes, *audit.notes]
         self.label_names = audit.classes
@@ -202,7 +208,7 @@ class QEffDataManager:
             pad_to_multiple_of=pad_to_multiple_of,
             pad_to_length=pad_to_length,
         )
-        return BatchLoader(dataset, order, pad, self._fingerprint)
+        return BatchLoader(dataset, order, pad, self.fingerprint)
 
     @staticmethod
     def collate(

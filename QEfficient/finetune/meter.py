@@ -39,6 +39,10 @@ class Meter:
         self.tokens_seen += tokens
         self.trained_seen += trained
 
+    def begin(self) -> None:
+        """Training begins: nothing before it counts."""
+        self.window = Window()
+
     def step(self) -> None:
         """An optimizer step is done."""
         self.window.steps += 1

@@ -120,3 +120,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
+
+
+def parse_value(text: str) -> Any:
+    """A value written on a command line, as YAML would read it (``1e-4`` is a number, ``[a, b]`` a list).
+
+    Raises:
+        OptionError: not a YAML value.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise OptionError(f"{text!r} cannot be read as a value: quote it.") from None

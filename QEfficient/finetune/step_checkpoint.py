@@ -14,6 +14,7 @@ from torch import nn
 from QEfficient.errors import ExportError, OptionError
 from QEfficient.exporter.adapters import scaling_vector
 from QEfficient.exporter.program import model_facts
+from QEfficient.exporter.quiet import quiet
 from QEfficient.exporter.training.program import choose_trained
 from QEfficient.finetune.step_model import StepModel, check_kind, file_names_of, identity_of, skeleton_of
 from QEfficient.models.source import CheckpointSource
@@ -116,7 +117,8 @@ def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> nn.Module:
     if start not in (True, False, "gaussian"):
         raise OptionError(f"init_lora_weights={start!r} needs the base weights in memory: use True or 'gaussian'.")
     try:
-        return get_peft_model(ghost, copy.deepcopy(peft_config), adapter_name=adapter_name)
+        with quiet():
+            return get_peft_model(ghost, copy.deepcopy(peft_config), adapter_name=adapter_name)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

@@ -12,7 +12,7 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.exporter.adapters import base_name
 from QEfficient.exporter.interface import Interface
-from QEfficient.exporter.training.program import capture_step, write_training_graph
+from QEfficient.exporter.training.program import TASK, capture_step, write_training_graph
 from QEfficient.finetune.step_model import StepModel
 from QEfficient.models import keys
 from QEfficient.models.packaging import compile_export
@@ -22,6 +22,7 @@ from QEfficient.store.digest import json_digest
 from QEfficient.store.files import place_file
 from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.options import CompileOptions
+from QEfficient.targets.registry import compiling_target, get_target
 from QEfficient.transforms.onnx.base import OnnxTransform
 from QEfficient.transforms.onnx.forward_only import ForwardOnly
 from QEfficient.transforms.onnx.queue import TransformLike, resolve
@@ -47,6 +48,7 @@ class StepOptions:
         loss_chunks: parts in which the vocabulary projection is done, so that only one part's logits exist; 1 is whole.
         teacher_top: K of the distillation inputs; 0 leaves them out.
         transforms: the user's own ONNX transforms, run last.
+        dry_run: write what the target's compiler takes without compiling; the packages cannot be loaded.
     """
 
     target: str = "host"
@@ -58,6 +60,7 @@ class StepOptions:
     loss_chunks: int = 1
     teacher_top: int = 0
     transforms: tuple[TransformLike, ...] = ()
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.base_weights not in BASE_WEIGHTS:
@@ -79,13 +82,12 @@ class StepOptions:
             chosen.append(f"ChunkedLoss:chunks={self.loss_chunks}")
         if self.recompute:
             chosen.append("Recompute")
-        if self.target != "host":  # ONNX Runtime takes every operator a step has
-            chosen.append(f"FixTrainingOps:profile={self.target}")
+        chosen.extend(get_target(self.target).transforms(TASK))
         return resolve([*chosen, *self.transforms])
 
     def compile_options(self) -> CompileOptions:
         lengths = None if self.seq_len is None else (self.seq_len,)
-        return CompileOptions(target=self.target, batch_size=self.batch_size, seq_len=lengths)
+        return CompileOptions(target=self.target, batch_size=self.batch_size, seq_len=lengths, dry_run=self.dry_run)
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,15 @@ def build_step(model: StepModel, options: StepOptions, store: ArtifactStore, rep
 
     Raises:
         ExportError: the model cannot be captured, or an operator has no ONNX form.
-        TransformError, OptionError, ArtifactWriteError: as their names say.
+        TransformError, OptionError, TargetUnavailableError, ArtifactWriteError: as their names say.
     """
-    queue = options.queue()
     asked = options.compile_options()
+    compiling_target(asked)
+    queue = options.queue()
     key, graph = export_step(model, store, report, teacher_top=options.teacher_top)
     train = compile_export(store, graph, key, asked, queue, report)
     forward_key, forward = _forward_graph(key, graph, store)
-    fit = [t for t in queue if t.name in ("QuantizeBase", "FixTrainingOps")]
+    fit = [t for t in queue if t.name in ("QuantizeBase", "FixTrainingOps", "FP16Clip")]
     evaluate = compile_export(store, forward, forward_key, asked, fit, report)
     return StepPackages(graph, train, evaluate)
 

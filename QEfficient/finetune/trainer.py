@@ -75,14 +75,14 @@ class QEffTrainer(Trainer):
         self.data, self.run_identity = data, dict(run_identity or {})
         self.meter = Meter()
         args.logging_nan_inf_filter = False
-        own: list[TrainerCallback] = [MetricsFile(args.logs_dir)]
+        own: list[TrainerCallback] = [_StepCounter(self.meter), MetricsFile(args.logs_dir)]
         if args.plot:
             own.append(LossPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))
         super().__init__(
             model=step,
             args=args,
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             data_collator=self._collate,
             callbacks=[*own, *callbacks],
         )
@@ -168,7 +168,7 @@ class QEffTrainer(Trainer):
                 loss = step(**batch, normaliser=1.0)
                 result = step.last
                 assert result is not None
-                totals[0] += float(loss)
+                totals[0] += float(loss.detach())
                 totals[1] += result.trained_tokens
                 totals[2] += int((batch["attention_mask"] != 0).sum())
                 if step.is_classifier:
@@ -194,7 +194,12 @@ class QEffTrainer(Trainer):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Trains; see transformers. ``resume_from_checkpoint=True`` continues from the latest complete checkpoint.
 
         Raises:
@@ -218,7 +223,7 @@ class QEffTrainer(Trainer):
                 raise OptionError(f"{chosen} is not a complete checkpoint: it has no {STATE}.")
         if chosen is not None:
             check_same_run(Path(chosen), self.run_identity)
-        return super().train(resume_from_checkpoint=chosen, **more)
+        return super().train(chosen, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes ``checkpoint-N`` beside its place and moves it there: it is complete or absent."""
@@ -240,7 +245,7 @@ class QEffTrainer(Trainer):
             self._save_rng_state(str(place))
         if self.is_world_process_zero():
             for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
+                if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks, dict):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             write_run(place, self.run_identity)
             self.state.save_to_json(str(place / STATE))
@@ -309,6 +314,19 @@ def load_trained(step: CompiledStep, directory: Path) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(found[step.file_names[name]]))
+
+
+class _StepCounter(TrainerCallback):
+    """Tells a meter when an optimizer step is done."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_begin(self, *event: Any, **more: Any) -> None:
+        self.meter.begin()
+
+    def on_step_end(self, *event: Any, **more: Any) -> None:
+        self.meter.step()
 
 
 class _Fillable(Dataset):

@@ -25,7 +25,7 @@ from QEfficient.store.home import cache_home
 from QEfficient.store.store import ArtifactStore
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.options import CompileOptions
-from QEfficient.targets.registry import get_target
+from QEfficient.targets.registry import compiling_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -249,7 +249,7 @@ class QEFFTransformersBase(QEFFBaseModel):
             UnsupportedModelError, ExportError, TransformError, ArtifactWriteError: as their names say.
         """
         asked = CompileOptions.from_kwargs(**options)
-        get_target(asked.target)
+        compiling_target(asked)
         queue = resolve_queue(transforms)
         if compile_dir is not None:
             check_destination(Path(compile_dir))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.base import CompileRequest, Target
 from QEfficient.targets.manifest import FileRecord, Manifest, TensorSpec
 from QEfficient.targets.options import CompileOptions
-from QEfficient.targets.registry import get_target
+from QEfficient.targets.registry import compiling_target
 
 if TYPE_CHECKING:
     from QEfficient.transforms.onnx.base import OnnxTransform
@@ -49,7 +50,7 @@ def compile_export(
         TransformError, ArtifactWriteError: as their names say.
     """
     interface = Interface.load(directory)
-    target = get_target(asked.target)
+    target = compiling_target(asked)
     options = target.normalise(complete(asked, interface))
     ignored = options.cloud_only_set()
     if target.name == "host" and ignored:
@@ -61,7 +62,7 @@ def compile_export(
     label = f"{interface.facts['name']} ({interface.task}, {target.name})"
 
     def build(place: Path) -> dict[str, Any]:
-        return _build(place, directory, interface, target, options, queue, key, store.memo, report)
+        return write_package(place, directory, interface, target, options, queue, key, store.memo, report)
 
     return store.build(PACKAGES, key, build, label, lambda: report("waiting for another process", 0, 0))
 
@@ -131,7 +132,7 @@ def _within(option: str, value: int | None, limit: int | None, name: str) -> Non
         raise OptionError(f"{option}={value} is more than the {limit} positions {name} was made for: lower it.")
 
 
-def _build(
+def write_package(
     place: Path,
     directory: Path,
     interface: Interface,
@@ -142,7 +143,15 @@ def _build(
     memo: DigestMemo,
     report: Progress,
 ) -> dict[str, Any]:
-    """Writes one package into ``place``; returns what the store wants to know."""
+    """Writes one package into the empty directory ``place``; returns what the store wants to know.
+
+    Args:
+        directory: the export.
+        options: completed and normalised.
+
+    Raises:
+        OptionError, TransformError, TargetUnavailableError, ArtifactWriteError: as their names say.
+    """
     manifest = Manifest(
         target=target.name,
         task=interface.task,
@@ -161,10 +170,12 @@ def _build(
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=place) as scratch:
         onnx_path, records, lifted = _transformed(directory / ONNX_FILE, interface, queue, Path(scratch), report)
         manifest = manifest.replace(parameters=(*interface.parameters, *lifted))
-        manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
+        with _blaming(queue):
+            manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
     manifest = manifest.replace(transforms=records)
-    if queue:
-        _try_loading(target, place, manifest, queue)
+    if queue and target.check().can_run and not options.dry_run:
+        with _blaming(queue):
+            target.load(place, manifest).close()
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in _EXPORT_ONLY and path.suffix != ".safetensors":
             copy_file(path, place / path.name)
@@ -178,11 +189,14 @@ def _build(
     return {"digests": digests, "meta": {"target": target.name, "task": interface.task}}
 
 
-def _try_loading(target: Target, place: Path, manifest: Manifest, queue: Sequence[OnnxTransform]) -> None:
-    """Opens what the transforms left once, so that a graph they broke never becomes a package."""
+@contextlib.contextmanager
+def _blaming(queue: Sequence[OnnxTransform]) -> Iterator[None]:
+    """Names the transforms when what they left is no valid graph, so that one they broke never becomes a package."""
     try:
-        target.load(place, manifest).close()
+        yield
     except PackageError as error:
+        if not queue:
+            raise
         names = ", ".join(transform.name for transform in queue)
         raise TransformError(f"the graph is not valid any more after the transforms {names}: {error}") from error
 

@@ -78,6 +78,9 @@ class Target(Protocol):
     def check(self) -> Availability:
         """Says what this target can do here; starts nothing expensive."""
 
+    def transforms(self, task: str) -> tuple[str, ...]:
+        """ONNX transforms a graph of this task needs before this target takes it, as the queue spells them."""
+
     def normalise(self, options: CompileOptions) -> CompileOptions:
         """Fills in this target's defaults so that equal meanings have equal cache keys; raises OptionError."""
 

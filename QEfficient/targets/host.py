@@ -15,7 +15,6 @@ from QEfficient.targets.manifest import DimRange, Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
 
 PROGRAM_FILE = "program.onnx"
-WEIGHTS_DIR = "weights"
 
 #: Prompt tokens per step when nothing is asked for: enough rows for the matrix kernels to reach their speed.
 DEFAULT_PREFILL = 128
@@ -37,7 +36,12 @@ class HostTarget:
     def toolchain(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
 
+    def transforms(self, task: str) -> tuple[str, ...]:
+        return ()  # ONNX Runtime takes every operator we write
+
     def normalise(self, options: CompileOptions) -> CompileOptions:
+        if options.dry_run:
+            raise OptionError("the host target needs no SDK and compiles here: leave out dry_run.")
         options = options.replace(target=self.name)
         if options.ctx_len is None:
             return options
@@ -72,20 +76,12 @@ class HostTarget:
 
     def compile(self, request: CompileRequest) -> Manifest:
         """Writes ``program.onnx`` and ``weights/``; marks the states that can be updated in their own buffer."""
-        from QEfficient.onnx_io import file_tensors, load_model, save_model, weight_files
-        from QEfficient.store.files import place_file
+        from QEfficient.onnx_io import load_model, save_model
         from QEfficient.targets.host_program import in_place_states
+        from QEfficient.targets.program_files import place_weights
 
         model = load_model(request.onnx_path)
-        files = weight_files(model)
-        if files:
-            (request.directory / WEIGHTS_DIR).mkdir()
-        for number, (location, file) in enumerate(files.items()):
-            request.progress("placing weights", number, len(files))
-            place_file(file, request.directory / WEIGHTS_DIR / Path(location).name)
-        request.progress("placing weights", len(files), len(files))
-        for tensor in file_tensors(model).values():
-            tensor.location = f"{WEIGHTS_DIR}/{Path(tensor.location).name}"
+        place_weights(model, request)
         save_model(model, request.directory / PROGRAM_FILE)
         aliased = in_place_states(model, request.manifest.states)
         runtime = TRAINING_RUNTIME if request.manifest.task == "training" else {}

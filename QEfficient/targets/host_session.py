@@ -185,6 +185,22 @@ class HostSession:
         function(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)  # type: ignore[operator]
 
 
+def check_program(path: Path) -> None:
+    """Opens a graph as it is, without the work that running it would need.
+
+    Raises:
+        PackageError: ONNX Runtime does not take the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise PackageError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from None
+
+
 _STATE = ort.capi.onnxruntime_pybind11_state
 _ORT_ERRORS = (
     _STATE.Fail,

@@ -41,7 +41,7 @@ class CompileOptions:
     spellings of one meaning share one package. Lengths are in tokens.
 
     Attributes:
-        target: ``host`` (ONNX Runtime on this machine).
+        target: ``host`` (ONNX Runtime on this machine) or ``qaic`` (Cloud AI 100).
         batch_size: rows per call; on the host None means any number.
         full_batch_size: slots of a continuously batched package; adds the ``batch_index`` input.
         kv_cache_batch_size: rows of KV state when there are more than slots; at least ``full_batch_size``.
@@ -50,6 +50,8 @@ class CompileOptions:
         seq_len: compiled input length(s) of an encoder; None means any length up to the model's maximum.
         num_cores, num_devices, device_group, mxfp6_matmul, mxint8_kv_cache, mos, aic_enable_depth_first,
             allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host.
+        dry_run: write what a target's compiler takes without compiling, for a target whose SDK is not here. Such a
+            package cannot be loaded.
     """
 
     target: str = "host"
@@ -67,6 +69,7 @@ class CompileOptions:
     mos: int | None = None
     aic_enable_depth_first: bool = False
     allow_mxint8_mdp_io: bool = False
+    dry_run: bool = False
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> CompileOptions:
@@ -90,7 +93,7 @@ class CompileOptions:
             _positive(name, getattr(self, name))
         for name in ("num_cores", "num_devices"):
             _positive(name, getattr(self, name))
-        for name in ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io"):
+        for name in ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.target, str):
@@ -136,7 +139,11 @@ class CompileOptions:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The fields, for manifests and cache keys. Only a dry run says that it is one: others are not different."""
+        values = dataclasses.asdict(self)
+        if not self.dry_run:
+            del values["dry_run"]
+        return values
 
     def cloud_only_set(self) -> list[str]:
         """Names of the options set here that only a Cloud AI target acts on."""

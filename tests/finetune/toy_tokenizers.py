@@ -62,7 +62,7 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
 
 def word_classifier_tokenizer() -> PreTrainedTokenizerFast:
     """A BERT-like tokenizer: ``[CLS] a [SEP]`` and ``[CLS] a [SEP] b [SEP]``, one token per word."""
-    words = "good bad film plot a the very not".split()
+    words = ["good", "bad", "film", "plot", "a", "the", "very", "not"]
     vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,7 +11,15 @@ import onnx_ir as ir
 
 from QEfficient.errors import TransformError
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
-from QEfficient.transforms.onnx.graph import Maker, ancestors, copy_node, forward_nodes, graphs_in, layer_of, values_read
+from QEfficient.transforms.onnx.graph import (
+    Maker,
+    ancestors,
+    copy_node,
+    forward_nodes,
+    graphs_in,
+    layer_of,
+    values_read,
+)
 from QEfficient.transforms.onnx.sizes import Sizes
 
 #: The size every symbol has while wide values are told from narrow ones.
@@ -70,7 +78,7 @@ def _segments(forward: list[ir.Node]) -> tuple[dict[ir.Node, int], int]:
             if layer is not None:
                 first.setdefault(layer, place)
                 last[layer] = place
-            elif value.is_initializer() and "." in str(value.name):
+            elif value.producer() is None and "." in str(value.name):
                 outside.append(place)
     if not first:
         raise TransformError(
@@ -110,12 +118,16 @@ class _Plan:
         #: Sizes, and what derives from weights: nothing that grows with the batch.
         self.plain: set[ir.Value] = set()
         for node, number in segments.items():
-            if node.op_type in ("Shape", "Size") or all(v in self.plain or _fixed(v) for v in values_read(node)):
+            sizes = node.op_type in ("Shape", "Size")
+            derived = node.op_type != "DequantizeLinear" and all(
+                v in self.plain or _fixed(v) for v in values_read(node)
+            )
+            if sizes or derived:
                 self.plain |= set(node.outputs)
             if 0 <= number < layers and not graphs_in(node):
                 for value in node.outputs:
                     users = {segments.get(user, number) for user in value.consumers()}
-                    if users <= {number} and not value.is_graph_output():
+                    if users <= {number} and value not in self.plain and not value.is_graph_output():
                         self.inner[value] = number
         #: Nodes of the backward pass that read a layer's inner values, in graph order.
         self.readers: dict[int, list[ir.Node]] = {number: [] for number in range(layers)}
@@ -179,19 +191,19 @@ def _recompute(graph: ir.Graph, plan: _Plan, number: int, make: Maker) -> int:
 
 
 def _gradient(graph: ir.Graph, plan: _Plan, number: int) -> ir.Value | None:
-    """A value that exists only once the layers above were differentiated, and needs nothing of this layer's copies."""
-    readers = set(plan.readers[number])
-    dependent: set[ir.Node] = set()
-    for node in plan.readers[number][:1] and graph:
-        if node in readers:
+    """The first value that meets this layer's activations and needs the layers above differentiated, but no copies."""
+    if not plan.readers[number]:
+        return None
+    readers, dependent = set(plan.readers[number]), set[ir.Node]()
+    for node in graph:
+        if node in readers or any(v.producer() in dependent for v in values_read(node)):
+            dependent.add(node)
             for value in node.inputs:
                 maker = value.producer() if value is not None else None
-                if maker is None or value is None or maker in plan.segments or maker in dependent:
+                if value is None or maker is None or maker in plan.segments or maker in dependent:
                     continue
                 if plan.latest.get(maker, -1) > number and value.dtype in _FLOATS:
                     return value
-        if node in readers or any(v.producer() in dependent for v in values_read(node)):
-            dependent.add(node)
     return None
 
 

@@ -13,7 +13,19 @@ from QEfficient.suggest import did_you_mean
 
 Dims = tuple[int, ...]
 
-_COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
+_COMPARISONS = {
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "And",
+    "Or",
+    "Xor",
+    "Not",
+    "IsNaN",
+    "IsInf",
+}
 _PRODUCTS = {"MatMul", "Gemm"}
 
 

@@ -1,0 +1,252 @@
+"""QEffModelManager: from a configuration to a compiled training step, one public method per stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from QEfficient.errors import OptionError, QEfficientError, UnsupportedModelError
+from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.compiled_step import CompiledStep
+from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.step_checkpoint import from_checkpoint
+from QEfficient.finetune.step_model import StepModel
+from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step, export_step, transform_log
+from QEfficient.models.factories import translate_load_errors
+from QEfficient.models.hub import resolve
+from QEfficient.models.source import CheckpointSource
+from QEfficient.progress import Progress, silent
+from QEfficient.store.home import cache_home
+from QEfficient.store.store import ArtifactStore
+from QEfficient.transforms.onnx.queue import TransformLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from QEfficient.finetune.onnx_utils import ONNXModel
+
+FACTORIES = {"generation": "AutoModelForCausalLM", "seq_classification": "AutoModelForSequenceClassification"}
+
+
+class QEffModelManager:
+    """The model side of a run.
+
+    Args:
+        config: what is tuned.
+        args: how to run.
+        transforms: the user's own ONNX transforms, run after the built-in ones.
+        cache_home_dir: the cache; None means ``$QEFF_HOME`` or the user's cache directory.
+
+    Attributes:
+        model: after `init_model`, what will be captured.
+        graph: after `export_to_onnx`, the directory of the joint graph.
+        packages: after `compile`, where the compiled step is.
+        step: after `load`, the step itself.
+
+    Raises:
+        ModelLoadError, OptionError: the checkpoint cannot be found or read.
+    """
+
+    def __init__(
+        self,
+        config: QEffConfig,
+        args: QEffTrainingArgs,
+        *,
+        transforms: tuple[TransformLike, ...] = (),
+        cache_home_dir: str | Path | None = None,
+    ) -> None:
+        self.config, self.args, self.transforms = config.with_arguments(args), args, tuple(transforms)
+        self.home = None if cache_home_dir is None else Path(cache_home_dir)
+        self.store = ArtifactStore(cache_home(self.home))
+        if not self.config.model_id:
+            raise OptionError("model_id is missing: name a model directory or hub id.")
+        directory = resolve(self.config.model_id)
+        self.source = CheckpointSource(directory, self.config.model_id, self.config.trust_remote_code)
+        self._check_length()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.model: StepModel | None = None
+        self.graph: Path | None = None
+        self.packages: StepPackages | None = None
+        self.step: CompiledStep | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, or the one ``tokenizer_name`` names."""
+        if self._tokenizer is None:
+            place = resolve(self.config.tokenizer_name) if self.config.tokenizer_name else self.source.directory
+            from transformers import AutoTokenizer
+
+            with translate_load_errors(str(place)):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(place), trust_remote_code=self.config.trust_remote_code
+                )
+        return self._tokenizer
+
+    @property
+    def options(self) -> StepOptions:
+        """The step's options as the arguments give them."""
+        return StepOptions(
+            target=self.args.target,
+            seq_len=self.config.max_ctx_len,
+            batch_size=max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size),
+            recompute=self.args.recompute,
+            base_weights=self.args.base_weights,
+            transforms=self.transforms,
+        )
+
+    # ------------------------------------------------------------------ stages
+
+    def init_model(self) -> StepModel:
+        """Describes the model: adapter added, dropout off, trained tensors in memory, frozen ones left on disk.
+
+        Raises:
+            UnsupportedModelError, OptionError: the model cannot be trained so, or LoRA's targets match nothing.
+        """
+        if self.model is None:
+            torch.manual_seed(self.args.seed)  # LoRA's A is drawn at random
+            self.model = from_checkpoint(
+                self.source,
+                FACTORIES[self.config.task],
+                self.store.memo,
+                peft_config=self.peft_config(),
+                adapter_name=self.args.adapter_name,
+                trainable=self.config.trainable,
+            )
+        return self.model
+
+    initialize_model = init_model
+
+    def peft_config(self) -> Any:
+        """``peft.LoraConfig`` of the configuration, None for full fine-tuning."""
+        given = self.config.peft_options()
+        if given is None or self.config.trainable is not None:
+            return None
+        from peft import LoraConfig
+
+        # Dropout would be a random number generator inside the step, which nobody could reproduce: it is off.
+        kept = {k: v for k, v in given.items() if k not in ("lora_dropout", "task_type")}
+        task = {"generation": "CAUSAL_LM", "seq_classification": "SEQ_CLS"}[self.config.task]
+        return LoraConfig(**kept, lora_dropout=0.0, task_type=task)
+
+    def export_to_onnx(self, report: Progress = silent) -> Path:
+        """Captures forward and backward; returns ``model.onnx`` of the joint graph."""
+        _, self.graph = export_step(self.init_model(), self.store, report)
+        return self.graph / "model.onnx"
+
+    def apply_onnx_transforms(self) -> ONNXModel:
+        """The joint graph after the transform queue, to look at; `compile` runs the same queue."""
+        from QEfficient.finetune.onnx_utils import ONNXModel
+
+        if self.graph is None:
+            self.export_to_onnx()
+        assert self.graph is not None
+        model = ONNXModel(self.graph / "model.onnx")
+        model.modify(self.options.queue())
+        return model
+
+    def compile(self, report: Progress = silent) -> StepPackages:
+        """Compiles the train and eval packages and links them under ``qpc_path``."""
+        self.packages = build_step(self.init_model(), self.options, self.store, report)
+        self.graph = self.packages.graph
+        if self.args.should_save:
+            _link(self.packages.train, self.args.packages_dir / "train")
+            _link(self.packages.evaluate, self.args.packages_dir / "eval")
+        return self.packages
+
+    def transform_log(self) -> list[dict[str, Any]]:
+        """What each ONNX transform of the train package did."""
+        return [] if self.packages is None else transform_log([self.packages.train])
+
+    def load(self) -> CompiledStep:
+        """Opens the compiled step with the trained tensors' initial values."""
+        if self.packages is None:
+            self.compile()
+        assert self.packages is not None
+        self.step = CompiledStep(self.init_model(), self.packages, threads=self._threads())
+        return self.step
+
+    def prepare_for_training(self, report: Progress = silent) -> CompiledStep:
+        """All stages: export, transforms, compile, load."""
+        self.init_model()
+        self.export_to_onnx(report)
+        self.compile(report)
+        return self.load()
+
+    # ------------------------------------------------------------------ afterwards
+
+    def load_reference(self) -> PreTrainedModel:
+        """The base model in torch, float32: what parity is measured against and adapters are merged into."""
+        return self.source.load(FACTORIES[self.config.task])
+
+    def inference(self, tuned: Path | None = None, ctx_len: int | None = None) -> Any:
+        """The compiled inference model, with what ``tuned`` (an output directory) holds; None is the base model.
+
+        Raises:
+            UnsupportedModelError: the task does not generate text.
+        """
+        from QEfficient.models.auto import QEFFAutoModelForCausalLM
+        from QEfficient.models.peft import QEFFAutoPeftModelForCausalLM
+
+        if self.config.task != "generation":
+            raise UnsupportedModelError(
+                "a classifier generates no text: load it with QEFFAutoModelForSequenceClassification."
+            )
+        if tuned is not None and (tuned / "adapter_config.json").is_file():
+            model: Any = QEFFAutoPeftModelForCausalLM.from_pretrained(
+                tuned, base_model=str(self.source.directory), cache_home_dir=self.home
+            )
+        else:
+            place = self.source.directory if tuned is None else tuned
+            model = QEFFAutoModelForCausalLM.from_pretrained(str(place), cache_home_dir=self.home)
+        model.compile(ctx_len=ctx_len)
+        return model
+
+    def generate(self, *args: Any, tuned: Path | None = None, ctx_len: int | None = None, **kwargs: Any) -> Any:
+        """Generates with the compiled inference model; see `QEFFAutoModelForCausalLM.generate`."""
+        return self.inference(tuned, ctx_len).generate(*args, **kwargs)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with this one, as JSON."""
+        from QEfficient.store.digest import json_digest
+
+        args = self.args
+        return {
+            "model": json_digest(self.init_model().identity),
+            "batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "world_size": args.world_size,
+            "seed": args.seed,
+            "base_weights": args.base_weights,
+            "optim": str(getattr(args.optim, "value", args.optim)),
+        }
+
+    def _threads(self) -> int | None:
+        if self.args.num_cores is not None:
+            return self.args.num_cores
+        # Ranks on one machine share its cores.
+        return max(1, len(os.sched_getaffinity(0)) // self.args.world_size) if self.args.world_size > 1 else None
+
+    def _check_length(self) -> None:
+        own = self.source.raw_config()
+        limit = next((own[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len") if k in own), None)
+        if isinstance(limit, int) and 0 < limit < self.config.max_ctx_len:
+            raise OptionError(
+                f"max_ctx_len={self.config.max_ctx_len} is more than the {limit} positions {self.config.model_id} was "
+                "made for: lower it."
+            )
+
+
+def _link(package: Path, place: Path) -> None:
+    """Shows a package of the cache under another path; replaces what an earlier run linked there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_symlink():
+        place.unlink()
+    elif place.is_dir():
+        if not (place / "manifest.json").is_file():
+            raise QEfficientError(f"{place} exists and is not a package: choose another qpc_path.")
+        shutil.rmtree(place)
+    place.symlink_to(package, target_is_directory=True)

@@ -1,0 +1,196 @@
+"""The proof: loss, every gradient and the first update of a compiled step against torch autograd."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from QEfficient.errors import TrainingError
+from QEfficient.exporter.adapters import adapter_parameters
+from QEfficient.finetune.compiled_step import CompiledStep
+from QEfficient.finetune.settings_file import write_text
+from QEfficient.finetune.step_session import IGNORED
+
+#: Largest differences that still are rounding: of the loss relative to itself, of a gradient relative to the tensor's
+#: largest, of an updated tensor relative to the learning rate where the gradient is well above its own noise.
+LOSS, GRADIENT, UPDATE = 1e-4, 1e-3, 2e-2
+
+
+@dataclass
+class ProofReport:
+    """What `compare_first_step` found; differences are relative as the tolerances say."""
+
+    loss: float
+    torch_loss: float
+    loss_difference: float
+    worst_gradient: str
+    gradient_difference: float
+    worst_update: str
+    update_difference: float
+    tensors: int
+    trained_tokens: int
+    gradients: dict[str, float] = field(default_factory=dict)
+    tolerances: dict[str, float] = field(default_factory=lambda: {"loss": LOSS, "gradient": GRADIENT, "update": UPDATE})
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within tolerance; not-a-number never is."""
+        return (
+            self.loss_difference <= LOSS and self.gradient_difference <= GRADIENT and self.update_difference <= UPDATE
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    def save(self, path: Path) -> Path:
+        """Writes ``validate.json`` atomically."""
+        return write_text(path, json.dumps(self.to_json(), indent=1) + "\n", "the proof")
+
+    def __str__(self) -> str:
+        return (
+            f"first step against torch autograd: loss {self.loss:.6f} / {self.torch_loss:.6f} "
+            f"(difference {self.loss_difference:.1e}), {self.tensors} gradients, worst {self.gradient_difference:.1e} "
+            f"of the tensor's largest ({self.worst_gradient}), updated tensors within {self.update_difference:.1e} of "
+            f"the learning rate: {'equal' if self.passed else 'DIFFERENT'}"
+        )
+
+
+def compare_first_step(
+    step: CompiledStep,
+    reference: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+) -> ProofReport:
+    """Runs one batch through the step and through torch, and one AdamW update on copies of both results.
+
+    Every sequence of the batch runs through torch alone, without padding and without packing, so that the reference
+    shares neither masks nor attention with the step.
+
+    Args:
+        reference: the torch model (with its adapter) whose frozen weights the step has; its trained tensors are
+            overwritten with the step's.
+        batch: what `CompiledStep.forward` takes.
+    """
+    pairs = _pairs(step, reference)
+    for mine, theirs in pairs.values():
+        theirs.data.copy_(mine.detach().reshape(theirs.shape))
+        theirs.requires_grad_(True)
+    step.zero_grad()
+    result = step(**batch)
+    result.backward()
+    loss = float(result.detach())
+    trained = step.last.trained_tokens if step.last is not None else 0
+    reference.eval()
+    reference.zero_grad()
+    torch_loss = _reference_loss(reference, batch, step.is_classifier)
+    gradients, updates = {}, {}
+    for name, (mine, theirs) in pairs.items():
+        mine_grad = mine.grad if mine.grad is not None else torch.zeros_like(mine)
+        their_grad = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
+        scale = max(float(their_grad.abs().max()), 1e-7)
+        gradients[name] = float((mine_grad - their_grad).abs().max()) / scale
+        updates[name] = _update_difference(mine, mine_grad, theirs, their_grad, learning_rate, weight_decay)
+    step.zero_grad()
+    reference.zero_grad()
+    worst, moved = max(gradients, key=_nan_first(gradients)), max(updates, key=_nan_first(updates))
+    return ProofReport(
+        loss=loss,
+        torch_loss=torch_loss,
+        loss_difference=abs(loss - torch_loss) / max(abs(torch_loss), 1e-6),
+        worst_gradient=worst,
+        gradient_difference=gradients[worst],
+        worst_update=moved,
+        update_difference=updates[moved],
+        tensors=len(pairs),
+        trained_tokens=trained,
+        gradients=gradients,
+    )
+
+
+def require(report: ProofReport) -> None:
+    """Raises TrainingError when the proof failed."""
+    if not report.passed:
+        raise TrainingError(
+            f"the compiled step differs from torch autograd (loss {report.loss_difference:.1e}, "
+            f"{report.worst_gradient} {report.gradient_difference:.1e}): see validate.json; "
+            "validate=False trains anyway."
+        )
+
+
+def _nan_first(values: Mapping[str, float]) -> Any:
+    return lambda name: float("inf") if values[name] != values[name] else values[name]
+
+
+def _pairs(step: CompiledStep, reference: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    own = dict(step.named_parameters())
+    theirs: dict[str, Any] = dict(reference.named_parameters(remove_duplicate=False))
+    if step.adapter is not None:
+        theirs |= adapter_parameters(reference, step.adapter)
+    found = {}
+    for name, parameter in own.items():
+        other = theirs.get(name)
+        found[name] = (parameter, other if other is not None else theirs[step.file_names[name]])
+    return found
+
+
+def _reference_loss(reference: nn.Module, batch: Mapping[str, torch.Tensor], classifier: bool) -> float:
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    sequences = []
+    for row in range(ids.shape[0]):
+        for segment in sorted(set(mask[row].tolist()) - {0}):
+            chosen = mask[row] == segment
+            sequences.append(
+                (ids[row][chosen][None], labels[row : row + 1] if classifier else labels[row][chosen][None])
+            )
+    if classifier:
+        total = sum(int((label != IGNORED).sum()) for _, label in sequences)
+    else:
+        total = sum(int((label[:, 1:] != IGNORED).sum()) for _, label in sequences)
+    value = 0.0
+    for tokens, label in sequences:
+        logits = reference(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
+        if not classifier:
+            logits, label = logits[:, :-1].reshape(-1, logits.shape[-1]), label[:, 1:].reshape(-1)
+        if not bool((label != IGNORED).any()):
+            continue
+        loss = nn.functional.cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum") / total
+        loss.backward()
+        value += float(loss.detach())
+    return value
+
+
+def _update_difference(
+    mine: nn.Parameter, my_grad: torch.Tensor, theirs: nn.Parameter, their_grad: torch.Tensor, lr: float, decay: float
+) -> float:
+    """AdamW's first update divides a gradient by itself: compared only where the gradient is above rounding noise."""
+    results = []
+    for parameter, gradient in ((mine, my_grad), (theirs, their_grad)):
+        twin = nn.Parameter(parameter.detach().clone())
+        twin.grad = gradient.detach().clone()
+        torch.optim.AdamW([twin], lr=lr, weight_decay=decay).step()
+        results.append(twin.detach())
+    clear = their_grad.abs() > 1e-2 * their_grad.abs().max()
+    if not bool(clear.any()) or lr == 0:
+        return 0.0
+    return float((results[0] - results[1])[clear].abs().max()) / lr
+
+
+def dequantized(reference: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Gives a torch model the frozen weights a quantized package computes with."""
+    from QEfficient.exporter.adapters import base_name
+
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters(remove_duplicate=False):
+            found = weights.get(base_name(name))
+            if found is not None:
+                parameter.copy_(torch.from_numpy(np.ascontiguousarray(found)).reshape(parameter.shape))

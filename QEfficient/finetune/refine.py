@@ -1,0 +1,266 @@
+"""QEfficient: the facade. Data, model, proof, training and saving in the order the documents draw."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from QEfficient.errors import InputError, OptionError
+from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.checkpoint import checkpoints, staging
+from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.data_manager import QEffDataManager
+from QEfficient.finetune.model_manager import QEffModelManager
+from QEfficient.finetune.proof import ProofReport, compare_first_step, require
+from QEfficient.finetune.reference import reference_model
+from QEfficient.finetune.trainer import QEffTrainer
+from QEfficient.progress import bar
+from QEfficient.transforms.onnx.queue import TransformLike
+
+CONFIG_FILE, ARGUMENTS_FILE, PROOF_FILE = "refine_config.yaml", "training_args.yaml", "validate.json"
+
+
+class QEfficient:
+    """Fine-tunes a model through a compiled ONNX training step.
+
+    Args:
+        config: what is tuned, and on which data.
+        args: how to run; may also be given to `refine`.
+        custom_dataset_class: a class with ``load_data`` and optionally ``preprocess`` and ``split``.
+        transforms: ONNX transforms of your own, run on the training graph after the built-in ones.
+        callbacks: transformers callbacks.
+        cache_home_dir: the cache; None means ``$QEFF_HOME`` or the user's cache directory.
+
+    Attributes:
+        data_manager, model_manager, trainer: the parts, to inspect once `refine` has begun.
+        proof: the comparison of the first step with torch, when ``validate`` is on.
+
+    Example:
+        >>> qe = QEfficient(QEffConfig(model_id="path", dataset_name="sample"), QEffTrainingArgs("out", max_steps=50))
+        >>> model, tokenizer = qe.refine()
+        >>> print(qe.generate("Question: Tom has 3 apples and buys 4 more. How many apples does he have?"))
+    """
+
+    def __init__(
+        self,
+        config: QEffConfig,
+        args: QEffTrainingArgs | None = None,
+        custom_dataset_class: Any = None,
+        *,
+        transforms: Sequence[TransformLike] = (),
+        callbacks: Sequence[Any] = (),
+        cache_home_dir: str | Path | None = None,
+    ) -> None:
+        if not isinstance(config, QEffConfig):
+            raise OptionError(f"QEfficient takes a QEffConfig first, got {type(config).__name__}.")
+        if args is not None and not isinstance(args, QEffTrainingArgs):
+            raise OptionError(f"args must be QEffTrainingArgs, got {type(args).__name__}.")
+        self.config, self.args = config, args
+        self.custom_dataset_class, self.transforms = custom_dataset_class, tuple(transforms)
+        self.callbacks, self.cache_home_dir = list(callbacks), cache_home_dir
+        self.data_manager: QEffDataManager | None = None
+        self.model_manager: QEffModelManager | None = None
+        self.trainer: QEffTrainer | None = None
+        self.proof: ProofReport | None = None
+        self._tuned: Path | None = None
+        self._inference: Any = None
+
+    def refine(
+        self,
+        args: QEffTrainingArgs | None = None,
+        *,
+        validate: bool | None = None,
+        say: Callable[[Any], None] | None = None,
+        load: bool = True,
+    ) -> tuple[Any, Any]:
+        """Runs the whole workflow.
+
+        Continues from the latest complete checkpoint in ``output_dir``, unless ``overwrite_output_dir`` is set.
+
+        Args:
+            args: how to run, when not given to the constructor.
+            validate: compare the first step with torch autograd; None takes ``args.validate``.
+            say: receives what a person should see (text or a rich object); None prints it to stderr.
+            load: return the tuned model in torch; False saves the memory and returns None in its place.
+
+        Returns:
+            (the PEFT or full torch model with the tuned weights, the tokenizer).
+
+        Raises:
+            OptionError, InputError, ModelLoadError, UnsupportedModelError, ExportError: before any training.
+            TrainingError: the loss is not a number, or the first step differs from torch.
+        """
+        chosen = args or self.args
+        if chosen is None:
+            raise OptionError("refine needs QEffTrainingArgs: pass them here or to QEfficient.")
+        self.args = chosen
+        tell = say if say is not None and chosen.should_log else (_print if chosen.should_log else _quiet)
+        output = Path(str(chosen.output_dir))
+        self._prepare_output(output, chosen)
+        manager = self._manager()
+        data = self._data(manager)
+        train, held = data.prepare_dataset()
+        tell(data.audit)
+        if chosen.should_save:
+            data.write_report(output)
+            self.config.save(output / CONFIG_FILE)
+            chosen.save(output / ARGUMENTS_FILE)
+        if chosen.dry_run:
+            return None, manager.tokenizer
+        with bar(f"preparing {self.config.model_id}") as report:
+            step = manager.prepare_for_training(report)
+        self.trainer = QEffTrainer(
+            step,
+            chosen,
+            data,
+            train,
+            held,
+            run_identity={**manager.identity(), "data": data.fingerprint},
+            callbacks=self.callbacks,
+            tokenizer=data.tokenizer,
+        )
+        earlier = checkpoints(output)
+        if (chosen.validate if validate is None else validate) and not earlier and chosen.process_index == 0:
+            self._prove(step, tell, output)
+        asked: str | bool | None = chosen.resume_from_checkpoint
+        if earlier and not asked:
+            tell(f"continuing from {earlier[-1]} (overwrite_output_dir=True starts anew).")
+            asked = True
+        self.trainer.train(resume_from_checkpoint=asked)
+        if held is not None:
+            self.trainer.evaluate()
+        self._save_final(output)
+        tell(f"saved to {output}")
+        self._tuned, self._inference = output, None
+        return (self.load_tuned() if load else None), data.tokenizer
+
+    def generate(
+        self,
+        prompt: Any,
+        max_length: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        return_full_text: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answers prompts: with the base model before `refine`, with the tuned one after it.
+
+        Runs the compiled inference package; a trained adapter is bound to it as inputs.
+
+        Args:
+            prompt: a text, a list of texts, or chat messages; put into the form the model was trained on.
+            max_length: prompt and answer together, in tokens; 100 when nothing is given.
+            max_new_tokens: tokens of the answer; wins over ``max_length``.
+            return_full_text: the prompt too.
+            **settings: generation settings of `QEFFAutoModelForCausalLM.generate`.
+
+        Returns:
+            A text, or a list of texts for a list.
+        """
+        if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
+            return [
+                self.generate(
+                    p, max_length, max_new_tokens=max_new_tokens, return_full_text=return_full_text, **settings
+                )
+                for p in prompt
+            ]
+        manager = self._manager()
+        data = self._data(manager)
+        ids = data.prompt_ids(prompt)
+        if max_new_tokens is None:
+            limit = 100 if max_length is None else max_length
+            max_new_tokens = limit - len(ids)
+            if max_new_tokens < 1:
+                raise InputError(f"the prompt has {len(ids)} tokens and max_length={limit} leaves no room: raise it.")
+        if self._inference is None:
+            self._inference = manager.inference(self._tuned)
+        out = self._inference.generate(
+            input_ids=np.asarray([ids], np.int64), max_new_tokens=max_new_tokens, **{"do_sample": False, **settings}
+        )
+        row = np.asarray(out)[0].tolist()
+        shown = row if return_full_text else row[len(ids) :]
+        return str(data.tokenizer.decode(shown, skip_special_tokens=True))
+
+    def load_tuned(self) -> Any:
+        """The tuned model in torch, float32: a ``PeftModel``, or a transformers model after full fine-tuning."""
+        if self._tuned is None:
+            raise OptionError("nothing was tuned yet: call refine() first.")
+        reference: Any = self._manager().load_reference()
+        if not (self._tuned / "adapter_config.json").is_file():
+            assert self.trainer is not None
+            named = dict(reference.named_parameters(remove_duplicate=False))
+            for name, parameter in self.trainer._step.named_parameters():
+                named[name].data.copy_(parameter.detach())
+            return reference
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(reference, str(self._tuned))
+
+    # ------------------------------------------------------------------ parts
+
+    def _manager(self) -> QEffModelManager:
+        if self.model_manager is None:
+            args = self.args or QEffTrainingArgs()
+            self.model_manager = QEffModelManager(
+                self.config, args, transforms=self.transforms, cache_home_dir=self.cache_home_dir
+            )
+        return self.model_manager
+
+    def _data(self, manager: QEffModelManager) -> QEffDataManager:
+        if self.data_manager is None:
+            self.data_manager = QEffDataManager(
+                self.config, manager.tokenizer, self.custom_dataset_class, self.args, cache_home_dir=self.cache_home_dir
+            )
+        return self.data_manager
+
+    def _prepare_output(self, output: Path, args: QEffTrainingArgs) -> None:
+        if output.exists() and not output.is_dir():
+            raise OptionError(f"output_dir {output} is a file: choose a directory.")
+        if args.overwrite_output_dir and not args.resume_from_checkpoint and args.should_save:
+            for path in checkpoints(output):
+                shutil.rmtree(path)
+        if args.should_save:
+            output.mkdir(parents=True, exist_ok=True)
+
+    def _prove(self, step: Any, tell: Callable[[Any], None], output: Path) -> None:
+        trainer, args = self.trainer, self.args
+        assert trainer is not None
+        assert args is not None
+        assert self.model_manager is not None
+        batch = next(iter(trainer.get_train_dataloader()))
+        reference = reference_model(self.model_manager, step)
+        self.proof = compare_first_step(
+            step, reference, batch, learning_rate=args.learning_rate, weight_decay=args.weight_decay
+        )
+        del reference
+        self.proof.save(output / PROOF_FILE)
+        tell(str(self.proof))
+        require(self.proof)
+
+    def _save_final(self, output: Path) -> None:
+        """The final (or best) weights at the top of ``output_dir``, complete or absent."""
+        trainer = self.trainer
+        assert trainer is not None
+        if not trainer.args.should_save:
+            return
+        place = staging(output, "final")
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        trainer.save_model(str(place), _internal_call=True)
+        for path in sorted(place.iterdir()):
+            path.replace(output / path.name)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _print(message: Any) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(message, markup=False)
+
+
+def _quiet(message: Any) -> None:
+    del message
