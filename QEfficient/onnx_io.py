@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,14 @@ class FileTensor(ir.LazyTensor):
         self.file, self.location, self.offset, self.length = Path(file), location, offset, length
         super().__init__(self._read, dtype, shape, name=name)
 
-    def _read(self) -> ir.Tensor:
+    def _read(self) -> ir.TensorProtocol:
         shape = tuple(int(d) for d in self.shape)  # type: ignore[arg-type]
         if self.length == 0:
             array = np.zeros(shape, dtype=self.dtype.numpy())
         else:
             raw = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
+            if self.dtype.bitwidth < 8:  # several elements per byte, as ONNX packs them
+                return ir.PackedTensor(np.asarray(raw), self.dtype, shape=shape, name=self.name)
             array = np.asarray(raw).view(self.dtype.numpy()).reshape(shape)
         return ir.Tensor(array, dtype=self.dtype, name=self.name)
 
@@ -153,22 +155,40 @@ def write_tensors(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> dict[
     Raises:
         ValueError: a dtype safetensors has no name for.
     """
-    if not tensors:
+    described = {name: (tensor.dtype, tuple(tensor.shape.numpy())) for name, tensor in tensors.items()}
+    return stream_tensors(described, (tensor.tobytes() for tensor in tensors.values()), path)
+
+
+def stream_tensors(
+    described: Mapping[str, tuple[ir.DataType, tuple[int, ...]]], contents: Iterable[bytes], path: Path
+) -> dict[str, FileTensor]:
+    """Writes tensors whose contents are made one after the other, in the order they were described.
+
+    Elements smaller than a byte are stored as ONNX packs them, as bytes in the eyes of safetensors.
+
+    Raises:
+        ValueError: a dtype safetensors has no name for, or contents of another size than described.
+    """
+    if not described:
         return {}
     announced = []
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _SAFETENSORS:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
-        announced.append((name, _SAFETENSORS[tensor.dtype], tuple(tensor.shape.numpy())))
+    for name, (dtype, shape) in described.items():
+        if dtype.bitwidth < 8:
+            announced.append((name, "U8", (math.ceil(math.prod(shape) * dtype.bitwidth / 8),)))
+        elif dtype in _SAFETENSORS:
+            announced.append((name, _SAFETENSORS[dtype], shape))
+        else:
+            raise ValueError(f"{name} has dtype {dtype}, which safetensors cannot hold")
     writer = SafetensorsWriter(path, announced)
     try:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.tobytes())
+        for name, content in zip(described, contents, strict=True):
+            writer.write(name, content)
     finally:
         writer.close()
+    refs = read_header(path)
     return {
-        name: FileTensor(path, path.name, ref.offset, ref.length, tensors[name].dtype, ir.Shape(ref.shape), name)
-        for name, ref in read_header(path).items()
+        name: FileTensor(path, path.name, refs[name].offset, refs[name].length, dtype, ir.Shape(shape), name)
+        for name, (dtype, shape) in described.items()
     }
 
 

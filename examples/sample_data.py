@@ -82,8 +82,7 @@ def shop(draw: random.Random) -> Problem:
     cost = count * price
     money = cost + draw.randint(1, 30)
     return (
-        f"{name} buys {count} {thing} for ${price} each and pays with ${money}. "
-        f"How many dollars does {name} get back?",
+        f"{name} buys {count} {thing} for ${price} each and pays with ${money}. How many dollars does {name} get back?",
         f"The {thing} cost {count} * {price} = ${cost}.\n"
         f"{name} gets back {money} - {cost} = ${money - cost}.\n#### {money - cost}",
     )

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from QEfficient.finetune.compiled_step import CompiledStep
     from QEfficient.finetune.config import QEffConfig
     from QEfficient.finetune.data_manager import QEffDataManager
-    from QEfficient.finetune.qaic_utils import QAICCompiler, QAICLoader
     from QEfficient.finetune.model_manager import QEffModelManager
     from QEfficient.finetune.onnx_utils import ONNXModel
+    from QEfficient.finetune.qaic_utils import QAICCompiler, QAICLoader
     from QEfficient.finetune.refine import QEfficient
     from QEfficient.finetune.step_package import StepOptions
     from QEfficient.finetune.step_session import StepSession
@@ -40,6 +40,8 @@ _PUBLIC = {
 __all__ = [
     "CompiledStep",
     "ONNXModel",
+    "QAICCompiler",
+    "QAICLoader",
     "QEffConfig",
     "QEffDataManager",
     "QEffModelManager",

@@ -60,7 +60,6 @@ class QEffDataManager:
         pad_token_id: what fills batches.
         audit: the label audit, after ``prepare_dataset``.
         label_names: label name -> class id, for classification; else None.
-        fingerprint: identifies the tokenized data, after ``prepare_dataset``.
 
     Raises:
         OptionError: a contradiction between ``config`` and ``args``, or an unknown chat template.
@@ -80,7 +79,7 @@ class QEffDataManager:
         self.args = args
         self._custom = custom_dataset_class
         self._home = None if cache_home_dir is None else Path(cache_home_dir)
-        self.fingerprint = ""
+        self._fingerprint = ""
         self._joiner = ""
         self.notes: list[str] = list(self.config.notices())
         self.pad_token_id = self._choose_padding()
@@ -128,7 +127,7 @@ class QEffDataManager:
             preparation.save(directory)
 
         found = store.build(KIND, key, build, label=f"tokenized data of {source.name}")
-        self.fingerprint = key
+        self._fingerprint = key
         train, evaluation, audit = Preparation.load(found)
         audit.notes = [*self.notes, *audit.notes]
         self.label_names = audit.classes
@@ -208,7 +207,7 @@ class QEffDataManager:
             pad_to_multiple_of=pad_to_multiple_of,
             pad_to_length=pad_to_length,
         )
-        return BatchLoader(dataset, order, pad, self.fingerprint)
+        return BatchLoader(dataset, order, pad, self._fingerprint)
 
     @staticmethod
     def collate(

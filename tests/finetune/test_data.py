@@ -424,6 +424,9 @@ def test_no_system_prompt_is_invented_and_none_is_doubled(home):
     assert only(home, {"messages": MESSAGES[1:3]}, tokenizer, system_prompt="S")[0].startswith("<|im_start|>system\nS<")
     assert only(home, {"messages": MESSAGES}, tokenizer, system_prompt="S")[0].count("system") == 1
     assert only(home, {"prompt": "p", "completion": "c"}, system_prompt="S")[0] == "S\n\npc</s>"
+    demo = AutoTokenizer.from_pretrained(ROOT / "examples" / "demo_model" / "model")
+    with pytest.raises(OptionError, match="ignores system messages"):
+        prepare(home, "sample", demo, system_prompt="S")
 
 
 def test_training_text_never_ends_in_an_open_header(home):

@@ -80,6 +80,14 @@ class ChatRenderer:
         """Whether the tokenizer has a template."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
+    def shows_system(self) -> bool:
+        """Whether the template renders system messages; one that refuses them says so when it is used."""
+        question = {"role": "user", "content": "a"}
+        try:
+            return self.text([{"role": "system", "content": "b"}, question], None) != self.text([question], None)
+        except InputError:
+            return True
+
     def text(self, messages: Sequence[Message], tools: list[Any] | None, generation_prompt: bool = False) -> str:
         """A conversation as text.
 

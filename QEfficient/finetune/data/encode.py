@@ -80,13 +80,18 @@ class RowEncoder:
         options: lengths and which tokens are trained.
 
     Raises:
-        OptionError: the tokenizer has no end token, and answers would never end.
+        OptionError: a system prompt that the chat template ignores.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> None:
         self.options = options
         self.tokens = TextEncoder(tokenizer)
         self.chat = ChatRenderer(tokenizer)
+        if options.system_prompt is not None and self.chat.available and not self.chat.shows_system():
+            raise OptionError(
+                "The chat template ignores system messages, so system_prompt would have no effect: leave it out or "
+                "choose another chat_template."
+            )
 
     def encode(self, example: Example) -> Encoded | Dropped:
         """One example as ids and weights, at most ``max_ctx_len`` of them.
@@ -180,7 +185,7 @@ class RowEncoder:
 
     def _labeled(self, example: Labeled) -> Encoded | Dropped:
         limit, truncation = self.options.max_ctx_len, self.options.truncation
-        whole = self.tokens.tokenizer(example.text, example.pair)["input_ids"]
+        whole = self.tokens.tokenizer(example.text, example.pair, verbose=False)["input_ids"]
         if len(whole) > limit and truncation in ("drop", "error"):
             return self._too_long(len(whole))
         ids = whole

@@ -23,7 +23,7 @@ class TextEncoder:
         tokenizer: any Hugging Face tokenizer.
 
     Attributes:
-        opening, closing: ids the tokenizer itself puts around a text (``<s>``; ``[CLS]`` and ``[SEP]``).
+        opening: ids the tokenizer itself puts before a text (``<s>``, ``[CLS]``).
         eos: the end-of-sequence id, or None.
         special: ids that are no text.
     """
@@ -36,19 +36,20 @@ class TextEncoder:
         self.eos: int | None = tokenizer.eos_token_id
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self.opening, self.closing = self._frame()
+        self.opening = self._opening()
 
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def _opening(self) -> list[int]:
         plain = self.ids("a")
         framed = list(self.tokenizer.encode("a", add_special_tokens=True))
         for start in range(len(framed) - len(plain) + 1):
             if framed[start : start + len(plain)] == plain:
-                return framed[:start], framed[start + len(plain) :]
-        return [], []
+                return framed[:start]
+        return []
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text, with nothing around them."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        # verbose would warn of every text longer than the model's limit, which is shortened here.
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included, spaces as they are."""
