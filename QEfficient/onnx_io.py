@@ -171,7 +171,7 @@ def stream_tensors(
     """
     if not described:
         return {}
-    announced = []
+    announced: list[tuple[str, str, tuple[int, ...]]] = []
     for name, (dtype, shape) in described.items():
         if dtype.bitwidth < 8:
             announced.append((name, "U8", (math.ceil(math.prod(shape) * dtype.bitwidth / 8),)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from QEfficient.errors import InputError, QEfficientError
+from QEfficient.errors import InputError, OptionError, QEfficientError
 from QEfficient.finetune.step_model import StepModel, from_module
 from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step
 from QEfficient.finetune.step_session import StepResult, StepSession
@@ -144,10 +144,37 @@ class CompiledStep(nn.Module):
         gradients = [torch.from_numpy(found[self.file_names[name]]) for name in self._names]
         return _Gradients.apply(torch.tensor(self.last.loss), gradients, *parameters)
 
-    def logprobs(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """Log-probabilities of the trained labels, float32 [batch, seq]; runs no backward pass."""
+    def logprobs(self, batch: Mapping[str, Any], *, adapter: bool = True) -> np.ndarray:
+        """Log-probabilities of the trained labels, float32 [batch, seq]; runs no backward pass.
+
+        Args:
+            batch: as for `forward`, tensors or arrays.
+            adapter: False switches the adapter off for this call, which makes the base model the reference.
+
+        Raises:
+            OptionError: there is no adapter, or it trains more than LoRA factors, so it cannot be switched off.
+        """
         arrays = {name: _array(value) for name, value in batch.items()}
-        return self._evaluator().run(arrays, 1.0).logprobs
+        if not adapter:
+            self._check_switchable()
+        session = self._evaluator()
+        if adapter or self._scaling is None:
+            return session.run(arrays, 1.0).logprobs
+        session.set_parameters({"lora_scaling": np.zeros_like(self._scaling)})
+        try:
+            return session.run(arrays, 1.0).logprobs
+        finally:
+            session.set_parameters({"lora_scaling": self._scaling})
+
+    def _check_switchable(self) -> None:
+        trained = (self.file_names[name] for name in self._names)
+        extra = next((name for name in trained if ".lora_" not in name), None)
+        if self.adapter is None or extra is not None:
+            reason = "there is no adapter" if self.adapter is None else f"{extra} trains outside of LoRA"
+            raise OptionError(
+                f"the base model's log-probabilities cannot be had from this step, because {reason}: compute them "
+                "before training and keep them."
+            )
 
     def file_tensors(self) -> dict[str, np.ndarray]:
         """Copies of the trained tensors by their names in files."""

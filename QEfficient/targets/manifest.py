@@ -182,9 +182,9 @@ def _digest(body: dict[str, Any]) -> str:
 def _from_json(body: dict[str, Any]) -> Manifest:
     fields = {f.name for f in dataclasses.fields(Manifest)}
     values = {k: v for k, v in body.items() if k in fields}
+    values.setdefault("parameters", ())  # packages of before adapters have none
     for kind in ("inputs", "outputs", "parameters"):
-        specs = values.get(kind, ())
-        values[kind] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in specs)
+        values[kind] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[kind])
     values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in values["states"])
     values["specializations"] = tuple(
         Specialization(s["name"], {k: DimRange(**r) for k, r in s["symbols"].items()})

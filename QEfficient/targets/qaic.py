@@ -192,8 +192,8 @@ class QaicTarget:
                 "dry_run, or compile for the host."
             )
         raise TargetUnavailableError(
-            f"{directory} is for Cloud AI 100, and this version does not use the runtime of its Platform SDK yet: run it "
-            "with the SDK's qaic-runner, or compile for the host."
+            f"{directory} is for Cloud AI 100, and this version cannot use its Platform SDK's runtime yet: run it with "
+            "the SDK's qaic-runner, or compile for the host."
         )
 
     def _chosen_profile(self, training: bool) -> Profile:
@@ -223,8 +223,9 @@ def _fitting(manifest: Manifest) -> tuple[Specialization, ...]:
     Raises:
         OptionError: the graph has a symbol that nothing gives a size.
     """
-    specs = (*manifest.inputs, *manifest.parameters, *manifest.states)
-    symbols = {dim for spec in specs for dim in spec.shape if isinstance(dim, str)}
+    shapes = [spec.shape for spec in (*manifest.inputs, *manifest.parameters)]
+    shapes += [state.shape for state in manifest.states]
+    symbols = {dim for shape in shapes for dim in shape if isinstance(dim, str)}
     for specialization in manifest.specializations:
         loose = sorted(symbols - set(specialization.symbols))
         if loose:

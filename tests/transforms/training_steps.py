@@ -23,7 +23,8 @@ from QEfficient.exporter.training.steps import ClassificationStep, TokenStep, ou
 from QEfficient.transforms.pytorch.patching import use_our_attention
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3_moe", "bert")
-_TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bert": ["query", "value"]}
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bert": ["query", "value"], "qwen3_moe": _ATTENTION}
 
 
 def file_name(name: str) -> str:
@@ -74,13 +75,20 @@ def feeds(model: ir.Model, batch: int = 3, seq: int = 17, rows: int = 20, seed: 
     return {str(value.name): made[str(value.name)] for value in model.graph.inputs}
 
 
-def run(model: ir.Model, inputs: dict[str, np.ndarray], optimized: Path | None = None) -> dict[str, np.ndarray]:
-    """All outputs; ``optimized`` is where ONNX Runtime writes the graph it really runs."""
+def run(
+    model: ir.Model, inputs: dict[str, np.ndarray], optimized: Path | None = None, basic: bool = False
+) -> dict[str, np.ndarray]:
+    """All outputs; ``optimized`` is where ONNX Runtime writes the graph it really runs.
+
+    ``basic`` leaves out the fusions that would compute int4 products with int8 activations.
+    """
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    if basic:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -145,7 +153,9 @@ _MEASURE = """
     from QEfficient.targets.host_session import _set_up
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    _set_up(options, {"arena": False, "order": "priority"})
+    _set_up(options, {"arena": False, "order": "priority", "prepacking": False})
+    # Fusions put their nodes last, which upsets an order that goes by place.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
     inputs = dict(np.load(sys.argv[2]))
     def status(field):  # not getrusage: its peak is inherited from the process that started this one

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -51,7 +51,9 @@ class QuantizeBase(OnnxTransform):
         if self.bits not in (4, 8):
             raise OptionError(f"QuantizeBase stores weights in 4 or 8 bits, got {self.bits!r}.")
         if not (isinstance(self.block_size, int | float) and self.block_size >= 2 and self.block_size % 1 == 0):
-            raise OptionError(f"QuantizeBase's block_size must be a whole number of at least 2, got {self.block_size!r}.")
+            raise OptionError(
+                f"QuantizeBase's block_size must be a whole number of at least 2, got {self.block_size!r}."
+            )
         object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "block_size", int(self.block_size))
 
@@ -200,7 +202,7 @@ class _Matrix:
             part = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
             graph.register_initializer(part)
             parts.append(part)
-        axes = {"axis": 1 - self.inputs} if self.bits == 8 else {"axis": self.inputs, "block_size": self.block}
+        axes: dict[str, Any] = {"axis": 1 - self.inputs} if self.bits == 8 else {"axis": self.inputs, "block_size": self.block}
         for node, place in self.products:
             old = node.inputs[place]
             assert old is not None

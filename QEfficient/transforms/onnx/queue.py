@@ -19,13 +19,16 @@ from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
+from QEfficient.transforms.onnx.quantize_base import QuantizeBase
 from QEfficient.transforms.onnx.recompute import Recompute
 from QEfficient.transforms.onnx.split_weights import SplitWeights
 
 #: What a user may pass for a transform: its name, "name:parameter=value,…", "file.py:Class", a class or an instance.
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
 
-BUILT_IN: dict[str, type[OnnxTransform]] = {t.name: t for t in (FP16Clip, LoraAdapters, Recompute, SplitWeights)}
+BUILT_IN: dict[str, type[OnnxTransform]] = {
+    t.name: t for t in (FP16Clip, LoraAdapters, QuantizeBase, Recompute, SplitWeights)
+}
 
 
 class CustomTransform(OnnxTransform):

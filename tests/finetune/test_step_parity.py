@@ -1,0 +1,122 @@
+"""A hundred optimizer steps through a compiled step and through torch give the same losses and the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from step_models import (
+    CLASSIFIERS,
+    base_model,
+    class_batch,
+    compiled,
+    counted,
+    token_batch,
+    torch_logprobs,
+    trained,
+    with_lora,
+)
+from transformers import get_cosine_schedule_with_warmup
+
+STEPS = 100
+#: Rows of a micro-batch, by length: ragged, of one row, of one shape and another, one row of two tokens.
+RAGGED = ([11, 7], [9], [5, 13, 8], [2], [16, 3])
+TOLERANCE = 1e-5
+
+
+def windows(family: str, steps: int) -> list[list[dict[str, torch.Tensor]]]:
+    """``steps`` accumulation windows of two micro-batches with different numbers of trained tokens."""
+    make = class_batch if family in CLASSIFIERS else token_batch
+    return [[make(RAGGED[(2 * n + k) % len(RAGGED)], seed=2 * n + k) for k in range(2)] for n in range(steps)]
+
+
+def train(model: torch.nn.Module, family: str, lr: float, steps: int, loss_of: Any) -> tuple[list[float], list[float]]:
+    """AdamW, clipping, warm-up and cosine decay, token-weighted accumulation; returns losses and gradient norms."""
+    parameters = list(trained(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    losses, norms = [], []
+    for window in windows(family, steps):
+        optimizer.zero_grad()
+        total = sum(counted(batch) for batch in window)
+        value = 0.0
+        for batch in window:
+            loss = loss_of(batch, total)
+            loss.backward()
+            value += float(loss.detach())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+        optimizer.step()
+        scheduler.step()
+        losses.append(value)
+    return losses, norms
+
+
+def compare(model: Any, family: str, lr: float = 1e-3, steps: int = STEPS) -> None:
+    step = compiled(model)
+    assert list(trained(step)) == list(trained(model))
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    wanted, norms = train(model, family, lr, steps, lambda b, n: -torch_logprobs(model, b).sum() / n)
+    found, _ = train(step, family, lr, steps, lambda b, n: step(**b, normaliser=n))
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= TOLERANCE
+    tuned = trained(model)
+    differences = {n: float((tuned[n] - p).detach().abs().max()) for n, p in trained(step).items()}
+    assert max(differences.values()) <= TOLERANCE, max(differences, key=differences.__getitem__)
+    # Not vacuous: clipping was active, and every tensor moved much further than the tolerance.
+    assert max(norms) > 1.0
+    assert min(float((tuned[n] - before[n]).detach().abs().max()) for n in tuned) > 100 * TOLERANCE
+    step.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "phi3", "mistral"])
+def test_lora(family: str) -> None:
+    compare(with_lora(family), family)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_full_fine_tuning(family: str) -> None:
+    compare(base_model(family).requires_grad_(True), family, lr=1e-4)
+
+
+def test_tied_embedding_trains_once() -> None:
+    """GPT-2's embedding is its output head: one parameter whose gradient is the sum of both uses."""
+    model = base_model("gpt2").requires_grad_(True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    compare(model, "gpt2", lr=1e-4, steps=30)
+
+
+def test_lora_on_experts_and_attention() -> None:
+    """Mixtral's experts are stacked tensors: PEFT adapts them as parameters."""
+    settings = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    model = with_lora("mixtral", target_modules=["q_proj", "v_proj"], **settings)
+    assert any("experts" in name for name in trained(model))
+    compare(model, "mixtral")
+
+
+def test_lora_of_a_model_with_shared_experts() -> None:
+    compare(with_lora("qwen2_moe"), "qwen2_moe", steps=30)
+
+
+def test_chosen_parameters_only() -> None:
+    """Name patterns instead of flags; what is not named keeps its value and gets no gradient."""
+    model = base_model("llama").requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    assert sorted(trained(model)) == ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+    compare(model, "llama", steps=30)
+
+
+def test_the_adapters_scaling_is_an_input() -> None:
+    """Another alpha, rank-stabilised scaling: the same package, with the numbers of a fresh torch model."""
+    batch = token_batch([9, 6])
+    packages = set()
+    for options in ({"lora_alpha": 8}, {"lora_alpha": 20}, {"lora_alpha": 8, "use_rslora": True}):
+        model = with_lora("llama", **options)
+        step = compiled(model)
+        packages.add(step.packages.train)
+        wanted = float(-torch_logprobs(model, batch).sum() / counted(batch))
+        assert abs(float(step(**batch)) - wanted) < TOLERANCE
+    assert len(packages) == 1
+    other = get_peft_model(base_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert compiled(other).packages.train not in packages
