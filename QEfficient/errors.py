@@ -49,5 +49,9 @@ class TargetUnavailableError(QEfficientError):
     """The target cannot run or compile here; the message says what to install."""
 
 
+class OutOfMemoryError(QEfficientError, MemoryError):
+    """A program needs more memory than there is; the session stays usable with smaller inputs."""
+
+
 class TrainingError(QEfficientError):
     """Training cannot go on: the loss is not a number, or memory ran out; the last checkpoint is intact."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from QEfficient.errors import OptionError, PackageError
 from QEfficient.store.files import sync_directory, sync_tree
@@ -41,9 +41,17 @@ def load_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> di
     if not path.is_file():
         raise PackageError(f"{directory} has neither {ADAPTER_WEIGHTS} nor {MODEL_WEIGHTS}: it is not a checkpoint.")
     try:
-        found = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_tensors(directory, shapes, expected)
+            return {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise PackageError(f"{path} cannot be read ({error}): resume from an earlier checkpoint.") from None
+
+
+def _check_tensors(
+    directory: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     missing = [name for name in expected if name not in found]
     if missing:
         raise OptionError(
@@ -51,12 +59,10 @@ def load_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> di
             "Choose the matching directory or a new output_dir."
         )
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        if found[name] != shape:
             raise OptionError(
-                f"{directory} is of another model or adapter: {name} has shape {found[name].shape}, this run trains "
-                f"{shape}."
+                f"{directory} is of another model or adapter: {name} has shape {found[name]}, this run trains {shape}."
             )
-    return {name: found[name] for name in expected}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

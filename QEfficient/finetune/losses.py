@@ -109,7 +109,11 @@ def dpo_weights(
 
 
 def orpo_weights(
-    chosen: np.ndarray, rejected: np.ndarray, chosen_lengths: np.ndarray, rejected_lengths: np.ndarray, beta: float = 0.1
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    chosen_lengths: np.ndarray,
+    rejected_lengths: np.ndarray,
+    beta: float = 0.1,
 ) -> PairWeights:
     """Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 4 to 7); needs no reference.
 

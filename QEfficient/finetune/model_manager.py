@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import torch
 
 from QEfficient.errors import OptionError, QEfficientError, UnsupportedModelError
 from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.model_files import BaseFiles
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
 from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step, export_step, transform_log
@@ -65,8 +68,9 @@ class QEffModelManager:
         if not self.config.model_id:
             raise OptionError("model_id is missing: name a model directory or hub id.")
         directory = resolve(self.config.model_id)
-        self.source = CheckpointSource(directory, self.config.model_id, self.config.trust_remote_code)
+        self.source: CheckpointSource = CheckpointSource(directory, self.config.model_id, self.config.trust_remote_code)
         self._check_length()
+        self._new_head = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.model: StepModel | None = None
         self.graph: Path | None = None
@@ -93,10 +97,22 @@ class QEffModelManager:
             target=self.args.target,
             seq_len=self.config.max_ctx_len,
             batch_size=max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size),
-            recompute=self.args.recompute,
+            recompute="layers" if self.args.recompute else "products",
             base_weights=self.args.base_weights,
             transforms=self.transforms,
         )
+
+    def set_classes(self, label_names: Mapping[str, int], pad_token_id: int) -> Classes:
+        """Tells a classifier what it tells apart; before `init_model`.
+
+        Args:
+            label_names: name -> class id, as the data has them.
+            pad_token_id: for a model without one.
+        """
+        classes = choose_classes(self.source.config(), label_names)
+        self.source = ClassifierSource(self.source, classes, pad_token_id)
+        self._new_head = classes.new_head
+        return classes
 
     # ------------------------------------------------------------------ stages
 
@@ -115,6 +131,7 @@ class QEffModelManager:
                 peft_config=self.peft_config(),
                 adapter_name=self.args.adapter_name,
                 trainable=self.config.trainable,
+                new_head=self._new_head,
             )
         return self.model
 
@@ -177,6 +194,16 @@ class QEffModelManager:
         return self.load()
 
     # ------------------------------------------------------------------ afterwards
+
+    def base_files(self) -> BaseFiles | None:
+        """What completes the trained tensors to a checkpoint that loads by itself; None for an adapter."""
+        model = self.init_model()
+        if model.adapter is not None:
+            return None
+        extra = self.source.directory / "generation_config.json"
+        return BaseFiles(
+            model.find_weights if model.is_partial else None, model.aliases(), (extra,) if extra.is_file() else ()
+        )
 
     def load_reference(self) -> PreTrainedModel:
         """The base model in torch, float32: what parity is measured against and adapters are merged into."""

@@ -21,6 +21,9 @@ from QEfficient.finetune.step_session import IGNORED
 #: Largest differences that still are rounding: of the loss relative to itself, of a gradient relative to the tensor's
 #: largest, of an updated tensor relative to the learning rate where the gradient is well above its own noise.
 LOSS, GRADIENT, UPDATE = 1e-4, 1e-3, 2e-2
+#: Gradients below this share of the model's largest are judged against it: some are 0 in exact arithmetic (the bias of
+#: attention's keys), and a ratio of two roundings says nothing.
+_FLOOR = 1e-5
 
 
 @dataclass
@@ -93,12 +96,13 @@ def compare_first_step(
     reference.zero_grad()
     torch_loss = _reference_loss(reference, batch, step.is_classifier)
     gradients, updates = {}, {}
+    floor = _FLOOR * max(float(p.grad.abs().max()) for _, p in pairs.values() if p.grad is not None)
     for name, (mine, theirs) in pairs.items():
         mine_grad = mine.grad if mine.grad is not None else torch.zeros_like(mine)
         their_grad = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
-        scale = max(float(their_grad.abs().max()), 1e-7)
+        scale = max(float(their_grad.abs().max()), floor, 1e-7)
         gradients[name] = float((mine_grad - their_grad).abs().max()) / scale
-        updates[name] = _update_difference(mine, mine_grad, theirs, their_grad, learning_rate, weight_decay)
+        updates[name] = _update_difference(mine, mine_grad, theirs, their_grad, scale, learning_rate, weight_decay)
     step.zero_grad()
     reference.zero_grad()
     worst, moved = max(gradients, key=_nan_first(gradients)), max(updates, key=_nan_first(updates))
@@ -170,7 +174,13 @@ def _reference_loss(reference: nn.Module, batch: Mapping[str, torch.Tensor], cla
 
 
 def _update_difference(
-    mine: nn.Parameter, my_grad: torch.Tensor, theirs: nn.Parameter, their_grad: torch.Tensor, lr: float, decay: float
+    mine: nn.Parameter,
+    my_grad: torch.Tensor,
+    theirs: nn.Parameter,
+    their_grad: torch.Tensor,
+    scale: float,
+    lr: float,
+    decay: float,
 ) -> float:
     """AdamW's first update divides a gradient by itself: compared only where the gradient is above rounding noise."""
     results = []
@@ -179,7 +189,7 @@ def _update_difference(
         twin.grad = gradient.detach().clone()
         torch.optim.AdamW([twin], lr=lr, weight_decay=decay).step()
         results.append(twin.detach())
-    clear = their_grad.abs() > 1e-2 * their_grad.abs().max()
+    clear = their_grad.abs() > 1e-2 * scale
     if not bool(clear.any()) or lr == 0:
         return 0.0
     return float((results[0] - results[1])[clear].abs().max()) / lr

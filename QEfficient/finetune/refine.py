@@ -105,6 +105,10 @@ class QEfficient:
         data = self._data(manager)
         train, held = data.prepare_dataset()
         tell(data.audit)
+        if data.label_names is not None:
+            classes = manager.set_classes(data.label_names, data.pad_token_id)
+            head = "a new head" if classes.new_head else "the checkpoint's head"
+            tell(f"{len(classes.names)} classes on {head}: {', '.join(classes.names[:20])}")
         if chosen.should_save:
             data.write_report(output)
             self.config.save(output / CONFIG_FILE)
@@ -122,6 +126,7 @@ class QEfficient:
             run_identity={**manager.identity(), "data": data.fingerprint},
             callbacks=self.callbacks,
             tokenizer=data.tokenizer,
+            base_files=manager.base_files(),
         )
         earlier = checkpoints(output)
         if (chosen.validate if validate is None else validate) and not earlier and chosen.process_index == 0:

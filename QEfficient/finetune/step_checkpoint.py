@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from QEfficient.errors import ExportError, OptionError
-from QEfficient.exporter.adapters import scaling_vector
+from QEfficient.errors import OptionError
+from QEfficient.exporter.adapters import base_name, scaling_vector
 from QEfficient.exporter.program import model_facts
 from QEfficient.exporter.quiet import quiet
 from QEfficient.exporter.training.program import choose_trained
+from QEfficient.finetune.initial import initial_values
 from QEfficient.finetune.step_model import StepModel, check_kind, file_names_of, identity_of, skeleton_of
 from QEfficient.models.source import CheckpointSource
-from QEfficient.safetensors_io import TensorRef, WeightMap
+from QEfficient.safetensors_io import WeightMap
 from QEfficient.store.digest import DigestMemo
 from QEfficient.suggest import did_you_mean
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What PEFT puts into the name of a module it trains whole.
+_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 
 
 def from_checkpoint(
@@ -33,6 +34,7 @@ def from_checkpoint(
     peft_config: Any = None,
     adapter_name: str = "default",
     trainable: Sequence[str] | None = None,
+    new_head: bool = False,
 ) -> StepModel:
     """A checkpoint whose frozen weights are never loaded: the package points at its files.
 
@@ -40,32 +42,39 @@ def from_checkpoint(
         factory: an Auto class of transformers (``AutoModelForCausalLM`` …).
         peft_config: a ``peft`` configuration of the adapter to train; None trains what ``trainable`` names, or all.
         trainable: patterns of parameter names.
+        new_head: draw a classifier's head anew, whatever the checkpoint has.
 
     Raises:
         OptionError: LoRA targets or patterns that match nothing, or an initialisation that needs the weights.
+        ExportError: the checkpoint lacks a tensor that should train.
     """
     ghost = source.ghost(factory)
     check_kind(ghost)
+    ghost.config.architectures = [type(ghost).__name__]
 
     def find(workspace: Path) -> WeightMap:
         return dict(source.weights(source.ghost(factory), workspace))
 
+    completed = None
     if peft_config is not None:
-        skeleton: nn.Module = _with_adapter(ghost, peft_config, adapter_name)
+        adapted = _with_adapter(ghost, peft_config, adapter_name)
+        skeleton: nn.Module = adapted
         adapter: str | None = adapter_name
-        names = file_names_of(skeleton, adapter)
+        completed = adapted.peft_config[adapter_name]
+        completed.base_model_name_or_path = _place(source)
         trained = {n: p for n, p in skeleton.named_parameters() if p.requires_grad}
     else:
         adapter, skeleton = None, ghost
-        names = file_names_of(ghost, None)
         for parameter in skeleton.parameters():
             parameter.requires_grad_(trainable is None and parameter.is_floating_point())
-        chosen = choose_trained(skeleton, trainable)
-        trained = _load_trained(source, factory, skeleton, chosen)
+        named = dict(skeleton.named_parameters())
+        trained = {name: named[name] for name in choose_trained(skeleton, trainable)}
+    names = file_names_of(skeleton, adapter)
+    contents = initial_values(source, factory, _starts_as(trained, adapter), new_head)
     return StepModel(
         name=source.name,
         skeleton=skeleton_of(skeleton, set(trained)),
-        trained={n: nn.Parameter(p.detach().float().clone()) for n, p in trained.items()},
+        trained={n: nn.Parameter(contents.get(n, p).detach().float().clone()) for n, p in trained.items()},
         file_names=names,
         adapter=adapter,
         scaling=scaling_vector(skeleton, adapter) if adapter is not None else None,
@@ -73,44 +82,23 @@ def from_checkpoint(
         find_weights=find,
         facts=model_facts(ghost),
         config=ghost.config,
-        peft_config=peft_config,
+        peft_config=completed,
     )
 
 
-def _load_trained(
-    source: CheckpointSource, factory: str, skeleton: nn.Module, names: Sequence[str]
-) -> dict[str, nn.Parameter]:
-    """The content of the tensors that train, read one at a time."""
-    out: dict[str, nn.Parameter] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        refs = source.weights(source.ghost(factory), Path(scratch))
-        groups: dict[int, list[str]] = {}
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
-        aliases = {name: group for group in groups.values() for name in group}
-        for name in names:
-            found = next((n for n in aliases[name] if n in refs), None)
-            if found is None:
-                shape = dict(skeleton.named_parameters())[name].shape
-                if "classifier" in name or "score" in name:  # a new head, as transformers would make one
-                    out[name] = nn.Parameter(_fresh(shape, name))
-                    continue
-                raise ExportError(f"the checkpoint lacks {name}, which should train: it is incomplete.")
-            out[name] = nn.Parameter(_read(refs[found]).float())
-    return out
+def _place(source: CheckpointSource) -> str:
+    """What an adapter's configuration calls its base model: a hub id, or a directory that is found from anywhere."""
+    return str(source.directory.resolve()) if Path(source.name).expanduser().is_dir() else source.name
 
 
-def _read(ref: TensorRef) -> torch.Tensor:
-    with ref.file.open("rb") as file:
-        file.seek(ref.offset)
-        return torch.frombuffer(bytearray(file.read(ref.length)), dtype=_DTYPES[ref.dtype]).reshape(ref.shape)
+def _starts_as(trained: Iterable[str], adapter: str | None) -> dict[str, str]:
+    """Trained tensors that begin as one of the base model's -> its name there; LoRA's own factors do not."""
+    if adapter is None:
+        return {name: name for name in trained}
+    return {name: _COPY.sub("", base_name(name)) for name in trained if _COPY.search(name)}
 
 
-def _fresh(shape: torch.Size, name: str) -> torch.Tensor:
-    return torch.zeros(shape) if name.endswith("bias") else torch.randn(shape) * 0.02
-
-
-def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> nn.Module:
+def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> Any:
     from peft import get_peft_model
 
     start = getattr(peft_config, "init_lora_weights", True)

@@ -75,6 +75,11 @@ class StepModel:
             return ClassificationStep(self.skeleton, self.adapter)
         return TokenStep(self.skeleton, output_head(base), self.adapter, teacher_top)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some weights of the model stay as they are."""
+        return not all(p.requires_grad for p in self.skeleton.parameters())
+
     def aliases(self) -> dict[str, str]:
         """Graph names of tensors that share storage -> the one name their bytes are kept under."""
         groups: dict[int, list[str]] = {}

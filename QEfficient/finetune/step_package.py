@@ -32,6 +32,7 @@ logger = logging.getLogger("QEfficient")
 EXPORTS = "exports"
 #: How the frozen weights of a package are stored.
 BASE_WEIGHTS = ("fp32", "int8", "int4")
+RECOMPUTE = ("none", "products", "layers")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class StepOptions:
         target: ``host`` or another registered target.
         batch_size: rows of a micro-batch; None means any number on the host.
         seq_len: tokens of a row (``max_ctx_len``); None means up to the model's positions.
-        recompute: run each layer's forward pass again before its backward pass instead of keeping its activations.
+        recompute: what the backward pass computes again instead of keeping it: ``none``; ``products``, all but the
+            results of matrix products and softmax; ``layers``, each layer's whole forward pass.
         base_weights: ``fp32`` keeps the checkpoint's own precision, ``int8`` and ``int4`` quantize what is frozen.
         block_size: columns that share a scale in ``int4``.
         loss_chunks: parts in which the vocabulary projection is done, so that only one part's logits exist; 1 is whole.
@@ -54,7 +56,7 @@ class StepOptions:
     target: str = "host"
     batch_size: int | None = None
     seq_len: int | None = None
-    recompute: bool = False
+    recompute: str = "products"
     base_weights: str = "fp32"
     block_size: int = 32
     loss_chunks: int = 1
@@ -65,6 +67,8 @@ class StepOptions:
     def __post_init__(self) -> None:
         if self.base_weights not in BASE_WEIGHTS:
             raise OptionError(f"base_weights must be one of {BASE_WEIGHTS}, got {self.base_weights!r}.")
+        if self.recompute not in RECOMPUTE:
+            raise OptionError(f"recompute must be one of {RECOMPUTE}, got {self.recompute!r}.")
         for name in ("batch_size", "seq_len", "block_size", "loss_chunks"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -80,8 +84,8 @@ class StepOptions:
             chosen.append(f"QuantizeBase:bits={bits},block_size={self.block_size}")
         if self.loss_chunks > 1:
             chosen.append(f"ChunkedLoss:chunks={self.loss_chunks}")
-        if self.recompute:
-            chosen.append("Recompute")
+        if self.recompute != "none":
+            chosen.append(f"Recompute:keep={'products' if self.recompute == 'products' else 'nothing'}")
         chosen.extend(get_target(self.target).transforms(TASK))
         return resolve([*chosen, *self.transforms])
 

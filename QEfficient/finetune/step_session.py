@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from QEfficient.engine.package import verify_files
-from QEfficient.errors import InputError, PackageError, ShapeError
+from QEfficient.errors import InputError, OutOfMemoryError, PackageError, ShapeError, TrainingError
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.registry import get_target
 
@@ -57,6 +57,9 @@ class StepSession:
         self.is_classifier = "labels" in self._inputs
         self.teacher_top = next((int(s.shape[1]) for s in self.manifest.inputs if s.name == "teacher_ids"), 0)
         self._spec = self.manifest.specializations[0].name
+        facts = self.manifest.model
+        self._vocabulary: int | None = facts.get("vocab_size")
+        self._classes: int | None = len(facts["labels"]) if facts.get("labels") else None
 
     def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
         """Sets trained tensors (and ``lora_scaling``) by file name; arrays are read in place at every call."""
@@ -77,12 +80,16 @@ class StepSession:
         Raises:
             InputError: a wrong shape or dtype, or every label is masked and no weights say that is meant.
             ShapeError: larger than the package was compiled for.
+            TrainingError: not enough memory.
         """
         ids = _integers(batch, "input_ids", 2)
         mask = _integers(batch, "attention_mask", 2, np.ones_like(ids))
         positions = _integers(batch, "position_ids", 2, None) if "position_ids" in batch else positions_of(mask)
         if mask.shape != ids.shape or positions.shape != ids.shape:
             raise InputError(f"attention_mask {mask.shape} and position_ids must have input_ids' shape {ids.shape}.")
+        # What stands on padding is never read, but the graph looks it up.
+        ids = np.where(mask != 0, ids, 0)
+        _in_range("input_ids", ids, self._vocabulary)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         if self.is_classifier:
             return self._run_classifier(feeds, batch, normaliser)
@@ -105,7 +112,10 @@ class StepSession:
         labels = _integers(batch, "labels", 1)
         counted = labels != IGNORED
         weights = _weights(batch, counted, normaliser)
+        if labels.shape[0] != feeds["input_ids"].shape[0]:
+            raise InputError(f"there are {labels.shape[0]} labels for {feeds['input_ids'].shape[0]} rows.")
         feeds["labels"] = np.where(counted, labels, 0)
+        _in_range("labels", feeds["labels"], self._classes)
         feeds["weights"] = np.where(counted, weights, 0).astype(np.float32)
         outputs = self._call(feeds)
         return StepResult(
@@ -131,10 +141,13 @@ class StepSession:
         trained = chosen != IGNORED
         feeds["rows"] = places.astype(np.int64)
         feeds["row_labels"] = np.where(trained, chosen, 0)
+        _in_range("labels", feeds["row_labels"], self._vocabulary)
         own = weights[row, column] if not empty else np.zeros(1)
         feeds["row_weights"] = np.where(trained, own, 0).astype(np.float32)
         if self.teacher_top:
             self._teach(feeds, batch, row, column, empty)
+        elif "teacher_ids" in batch:
+            raise InputError("this step has no inputs for a teacher: build it with teacher_top.")
         outputs = self._call(feeds)
         logprobs = np.zeros(mask.shape, np.float32)
         if not empty:
@@ -157,10 +170,13 @@ class StepSession:
             feeds["teacher_logprobs"] = np.zeros((row.size, self.teacher_top), np.float32)
             feeds["teacher_weights"] = np.zeros(row.size, np.float32)
             return
+        if "teacher_logprobs" not in batch:
+            raise InputError("teacher_ids need teacher_logprobs beside them.")
         ids, logprobs = np.asarray(batch["teacher_ids"]), np.asarray(batch["teacher_logprobs"])
         if ids.shape != wide or logprobs.shape != wide:
             raise InputError(f"teacher_ids and teacher_logprobs must have shape {wide}, got {ids.shape}.")
         feeds["teacher_ids"] = np.ascontiguousarray(ids[row, column], np.int64)
+        _in_range("teacher_ids", feeds["teacher_ids"], self._vocabulary)
         feeds["teacher_logprobs"] = np.ascontiguousarray(logprobs[row, column], np.float32)
         given = np.asarray(batch.get("teacher_weights", np.ones(ids.shape[:2])))
         feeds["teacher_weights"] = np.ascontiguousarray(given[row, column], np.float32)
@@ -171,7 +187,14 @@ class StepSession:
             if name in limits and not limits[name].accepts(size):
                 raise ShapeError(f"{name}={size} does not fit the package, which takes {limits[name]}.")
         wanted = {name: array for name, array in feeds.items() if name in self._inputs}
-        return self._session.run(wanted, self._spec)
+        try:
+            return self._session.run(wanted, self._spec)
+        except OutOfMemoryError:
+            rows, length = feeds["input_ids"].shape
+            raise TrainingError(
+                f"there is not enough memory for a step of {rows} rows of {length} tokens: lower batch_size or "
+                "max_ctx_len, or set recompute=True or base_weights='int4'."
+            ) from None
 
     @staticmethod
     def _gradients(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -199,7 +222,17 @@ def positions_of(segments: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.where(segments != 0, columns - starts, 0), dtype=np.int64)
 
 
+def _in_range(name: str, values: np.ndarray, limit: int | None) -> None:
+    """Raises InputError where an index does not exist; ``limit`` None means not known."""
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if low < 0 or (limit is not None and high >= limit):
+        bound = "" if limit is None else f" and below {limit}"
+        raise InputError(f"{name} must be at least 0{bound}, got {low if low < 0 else high}.")
+
+
 def _weights(batch: Mapping[str, np.ndarray], counted: np.ndarray, normaliser: float | None) -> np.ndarray:
+    if normaliser is not None and not 0 < normaliser < np.inf:
+        raise InputError(f"normaliser must be a number above 0, got {normaliser}.")
     given = batch.get("weights")
     if given is None:
         count = int(counted.sum())

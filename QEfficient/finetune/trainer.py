@@ -40,6 +40,7 @@ from QEfficient.finetune.data.collate import without_labels
 from QEfficient.finetune.data.loader import Rows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.meter import Meter
+from QEfficient.finetune.model_files import BaseFiles, write_model
 
 PICTURE = "loss.png"
 
@@ -58,6 +59,8 @@ class QEffTrainer(Trainer):
         train_dataset, eval_dataset: rows of ``data.prepare_dataset()``.
         run_identity: JSON-ready values a resumed run must share.
         callbacks: transformers callbacks besides the built-in ones.
+        tokenizer: saved beside the weights.
+        base_files: what completes trained tensors to a checkpoint that loads by itself; not for adapters.
     """
 
     def __init__(
@@ -71,8 +74,9 @@ class QEffTrainer(Trainer):
         run_identity: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
+        base_files: BaseFiles | None = None,
     ) -> None:
-        self.data, self.run_identity = data, dict(run_identity or {})
+        self.data, self.run_identity, self.base_files = data, dict(run_identity or {}), base_files
         self.meter = Meter()
         args.logging_nan_inf_filter = False
         own: list[TrainerCallback] = [_StepCounter(self.meter), MetricsFile(args.logs_dir)]
@@ -271,7 +275,7 @@ class QEffTrainer(Trainer):
         if not self.args.should_save:
             return
         place.mkdir(parents=True, exist_ok=True)
-        save_trained(self._step, place)
+        save_trained(self._step, place, self.base_files)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(place))
 
@@ -288,13 +292,17 @@ class QEffTrainer(Trainer):
             load_trained(self._step, Path(self.state.best_model_checkpoint))
 
 
-def save_trained(step: CompiledStep, directory: Path) -> None:
-    """Writes a step's trained tensors: a PEFT adapter, or ``model.safetensors`` with the model's configuration."""
+def save_trained(step: CompiledStep, directory: Path, base: BaseFiles | None = None) -> None:
+    """Writes a step's trained tensors: a PEFT adapter, or a model that transformers loads."""
     if step.adapter is None:
-        save_tensors(step.file_tensors(), directory / MODEL_WEIGHTS)
+        write_model(step.file_tensors(), directory / MODEL_WEIGHTS, base)
         step.config.save_pretrained(str(directory))
+        for path in base.extra if base is not None else ():
+            shutil.copyfile(path, directory / path.name)
         return
     save_tensors(step.file_tensors(), directory / ADAPTER_WEIGHTS)
+    if step.is_classifier:  # names and number of the classes are nowhere else
+        step.config.save_pretrained(str(directory))
     config = step.peft_config.to_dict()
     config = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in config.items()}
     config = {k: getattr(v, "value", v) for k, v in config.items()} | {"inference_mode": True}

@@ -14,7 +14,7 @@ from QEfficient.safetensors_io import WeightMap, checkpoint_files, checkpoint_we
 from QEfficient.store.digest import DigestMemo, json_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Configuration entries that say who wrote the file, not what the model computes.
 VOLATILE = {
@@ -123,14 +123,23 @@ class CheckpointSource(ModelSource):
     def tokenizer_files(self) -> list[Path]:
         return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()]
 
-    def ghost(self, factory: str) -> PreTrainedModel:
+    def config(self) -> PreTrainedConfig:
+        """The configuration as transformers reads it, a new object at every call; a subclass may adjust it."""
         from transformers import AutoConfig
 
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        return config
+
+    def loading_options(self) -> dict[str, Any]:
+        """What else ``from_pretrained`` is told."""
+        return {}
+
+    def ghost(self, factory: str) -> PreTrainedModel:
         from QEfficient.exporter.twins import ghost_from_config
         from QEfficient.models.factories import auto_class, translate_load_errors
 
         with translate_load_errors(self.name):
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            config = self.config()
             return ghost_from_config(auto_class(factory, config, self.name), config, self.trust_remote_code)
 
     def weights(self, ghost: PreTrainedModel, workspace: Path) -> WeightMap:
@@ -140,15 +149,18 @@ class CheckpointSource(ModelSource):
 
     def load(self, factory: str) -> PreTrainedModel:
         import torch
-        from transformers import AutoConfig
 
         from QEfficient.exporter.quiet import quiet
         from QEfficient.models.factories import auto_class, no_loading_bars, translate_load_errors
 
         with quiet(), no_loading_bars(), translate_load_errors(self.name):
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            config = self.config()
             model = auto_class(factory, config, self.name).from_pretrained(
-                self.directory, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+                self.directory,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+                **self.loading_options(),
             )
         return model.eval()
 

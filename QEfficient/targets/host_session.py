@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from QEfficient.errors import InputError, PackageError, QEfficientError, ShapeError
+from QEfficient.errors import InputError, OutOfMemoryError, PackageError, QEfficientError, ShapeError
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.manifest import Manifest, Specialization, StateSpec, TensorSpec
 
@@ -100,7 +100,11 @@ class HostSession:
         dynamic = [spec.name for spec in self.manifest.outputs if not self._bind_output(spec, symbols)]
         try:
             self._session.run_with_iobinding(self._binding)
-        except _ORT_ERRORS as error:
+        except (*_ORT_ERRORS, RuntimeError, MemoryError) as error:  # run_with_iobinding raises plain RuntimeErrors
+            if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
+                raise OutOfMemoryError(
+                    "there is not enough memory for this call: use fewer rows or shorter ones."
+                ) from None
             raise QEfficientError(f"ONNX Runtime failed in {specialization}: {_first_line(error)}") from None
         results = dict(self._outputs)
         if dynamic:
@@ -213,6 +217,10 @@ _ORT_ERRORS = (
     _STATE.EPFail,
     _STATE.ModelLoadCanceled,
 )
+
+
+#: What ONNX Runtime's messages say when an allocation failed.
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
 
 
 def _first_line(error: BaseException) -> str:

@@ -136,6 +136,7 @@ def torch_gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, np.ndarra
 
 
 def relative(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    """The largest difference of any tensor, relative to the largest value of that tensor in ``wanted``."""
+    """The norm of the difference relative to the norm of ``wanted``, of the tensor where that is largest."""
     assert got.keys() == wanted.keys()
-    return max(float(np.abs(got[n] - wanted[n]).max() / max(np.abs(wanted[n]).max(), 1e-6)) for n in wanted)
+    norm = np.linalg.norm
+    return max(float(norm(got[n] - wanted[n]) / max(norm(wanted[n]), 1e-6)) for n in wanted)

@@ -19,6 +19,7 @@ from QEfficient.exporter.adapters import SCALING_INPUT
 from QEfficient.exporter.attach import attach
 from QEfficient.exporter.interface import ONNX_FILE, Interface
 from QEfficient.exporter.quiet import quiet
+from QEfficient.exporter.training.fusion import fuse
 from QEfficient.exporter.training.joint import joint_program
 from QEfficient.exporter.training.lowering import Lowered, lower
 from QEfficient.exporter.training.steps import ClassificationStep, StepInput, TokenStep
@@ -72,6 +73,8 @@ def capture_step(step: TokenStep | ClassificationStep, file_name: Callable[[str]
     lowered = lower(program, [spec.name for spec in step.inputs], list(step.outputs), symbols)
     trained = _rename(lowered, file_name)
     _tidy(lowered.model)
+    fuse(lowered.model)
+    lowered.model.graph.sort()
     return TrainingGraph(lowered.model, trained, step.inputs)
 
 

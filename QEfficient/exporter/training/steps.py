@@ -85,7 +85,8 @@ class TokenStep(nn.Module):
             arguments["position_ids"] = position_ids
         seen = Rows(attention_mask, position_ids)
         with _only_rows(self._head[0], rows), training_forward(seen), _scaled(self.model, self.adapter, more):
-            logits = self.model(**arguments).logits[0].float()
+            logits = self.model(**arguments).logits.float()
+        logits = logits.reshape(-1, logits.shape[-1])
         # Written out, because torch's log_softmax would keep a second matrix of the vocabulary's width.
         normaliser = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(1, row_labels[:, None])[:, 0] - normaliser
@@ -110,7 +111,8 @@ class ClassificationStep(nn.Module):
         super().__init__()
         self.model, self.adapter = model, adapter
         config: Any = getattr(model, "config", None)
-        parameters = inspect.signature(model.forward).parameters
+        base: Any = model.get_base_model() if adapter is not None else model  # type: ignore[operator]
+        parameters = inspect.signature(base.forward).parameters
         self.pad_id: int | None = config.get_text_config().pad_token_id if config is not None else None
         self.takes_cache = "use_cache" in parameters
 

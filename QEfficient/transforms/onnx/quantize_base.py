@@ -202,7 +202,9 @@ class _Matrix:
             part = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
             graph.register_initializer(part)
             parts.append(part)
-        axes: dict[str, Any] = {"axis": 1 - self.inputs} if self.bits == 8 else {"axis": self.inputs, "block_size": self.block}
+        axes: dict[str, Any] = (
+            {"axis": 1 - self.inputs} if self.bits == 8 else {"axis": self.inputs, "block_size": self.block}
+        )
         for node, place in self.products:
             old = node.inputs[place]
             assert old is not None

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from QEfficient.errors import TransformError
+from QEfficient.errors import OptionError, TransformError
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import (
     Maker,
@@ -24,6 +24,10 @@ from QEfficient.transforms.onnx.sizes import Sizes
 
 #: The size every symbol has while wide values are told from narrow ones.
 _NOMINAL = 64
+#: Operators whose results are worth keeping: computing them again costs more than a pass over memory.
+_COSTLY = frozenset(
+    ["MatMul", "Gemm", "Softmax", "TopK", "ScatterND", "ScatterElements", "CumSum", "Loop", "Scan", "If"]
+)
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -39,9 +43,18 @@ class Recompute(OnnxTransform):
 
     A host session gives freed memory back, and so gains from this, only without its arena and in node order
     (``Manifest.runtime``: ``arena`` False, ``order`` "priority").
+
+    Parameters:
+        keep: ``nothing`` of a layer but its input; or ``products``: results of matrix products, softmax and other
+            costly operators stay in memory, and only what follows from them by cheap operators is computed again.
     """
 
     name: ClassVar[str] = "Recompute"
+    keep: str = "nothing"
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("nothing", "products"):
+            raise OptionError(f"Recompute keeps 'nothing' or 'products', got {self.keep!r}.")
 
     def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
         """Raises TransformError when the graph is no training step or has no numbered layers."""
@@ -49,7 +62,7 @@ class Recompute(OnnxTransform):
         forward = forward_nodes(graph, self.name)
         segments, layers = _segments(forward)
         before = len(graph)
-        plan = _Plan(graph, segments, layers)
+        plan = _Plan(graph, segments, layers, _COSTLY if self.keep == "products" else frozenset())
         make = Maker(graph, "recompute")
         copied = [_recompute(graph, plan, number, make) for number in range(layers)]
         graph.sort()
@@ -111,7 +124,9 @@ def _crossing(forward: list[ir.Node]) -> list[int]:
 class _Plan:
     """What every layer's recomputation needs to know about the whole graph, found before anything changes."""
 
-    def __init__(self, graph: ir.Graph, segments: dict[ir.Node, int], layers: int) -> None:
+    def __init__(
+        self, graph: ir.Graph, segments: dict[ir.Node, int], layers: int, costly: frozenset[str] = frozenset()
+    ) -> None:
         self.segments = segments
         #: Values made in a layer and read by no other part of the forward pass -> the layer.
         self.inner: dict[ir.Value | None, int] = {}
@@ -124,7 +139,7 @@ class _Plan:
             )
             if sizes or derived:
                 self.plain |= set(node.outputs)
-            if 0 <= number < layers and not graphs_in(node):
+            if 0 <= number < layers and not graphs_in(node) and node.op_type not in costly:
                 for value in node.outputs:
                     users = {segments.get(user, number) for user in value.consumers()}
                     if users <= {number} and value not in self.plain and not value.is_graph_output():

@@ -50,7 +50,7 @@ class Sizes:
         return math.prod(self.shape(value))
 
     def nbytes(self, value: ir.Value) -> int:
-        dtype = self._dtype(value)
+        dtype = self.dtype(value)
         return math.ceil(self.elements(value) * dtype.bitwidth / 8)
 
     def shape(self, value: ir.Value) -> Dims:
@@ -123,7 +123,8 @@ class Sizes:
         share[axis] = math.ceil(shape[axis] / max(1, len(siblings)))
         return tuple(share)
 
-    def _dtype(self, value: ir.Value) -> ir.DataType:
+    def dtype(self, value: ir.Value) -> ir.DataType:
+        """The value's type: as noted, or as that of what it was made from."""
         for _ in range(32):
             producer = value.producer()
             if value.dtype is not None:
