@@ -16,6 +16,7 @@ from QEfficient.cli.execute import execute
 from QEfficient.cli.export import export
 from QEfficient.cli.finetune import finetune
 from QEfficient.cli.infer import infer
+from QEfficient.cli.merge import merge
 from QEfficient.cli.validate import validate
 from QEfficient.version import __version__
 
@@ -52,6 +53,6 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, execute, validate, finetune, doctor):
+for _command in (infer, embed, export, compile, execute, validate, finetune, merge, doctor):
     add_command(app, _command)
 app.add_typer(cache.app)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from QEfficient.finetune.config import QEffConfig
     from QEfficient.finetune.data_manager import QEffDataManager
     from QEfficient.finetune.model_manager import QEffModelManager
+    from QEfficient.finetune.native import PackageTrainer
     from QEfficient.finetune.onnx_utils import ONNXModel
     from QEfficient.finetune.qaic_utils import QAICCompiler, QAICLoader
     from QEfficient.finetune.refine import QEfficient
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 #: Public name -> where it lives.
 _PUBLIC = {
     "CompiledStep": "QEfficient.finetune.compiled_step:CompiledStep",
+    "PackageTrainer": "QEfficient.finetune.native:PackageTrainer",
     "QAICCompiler": "QEfficient.finetune.qaic_utils:QAICCompiler",
     "QAICLoader": "QEfficient.finetune.qaic_utils:QAICLoader",
     "ONNXModel": "QEfficient.finetune.onnx_utils:ONNXModel",
@@ -40,6 +42,7 @@ _PUBLIC = {
 __all__ = [
     "CompiledStep",
     "ONNXModel",
+    "PackageTrainer",
     "QAICCompiler",
     "QAICLoader",
     "QEffConfig",

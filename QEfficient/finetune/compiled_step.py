@@ -181,6 +181,36 @@ class CompiledStep(nn.Module):
         named = dict(self.named_parameters())
         return {self.file_names[name]: _array(named[name]).copy() for name in self._names}
 
+    def save_kit(self, directory: str | Path) -> Path:
+        """Writes what `QEfficient.finetune.native.PackageTrainer` trains without torch: packages, optimizer, start.
+
+        Raises:
+            OptionError: the directory exists and is not empty.
+        """
+        from QEfficient.finetune.native import EVALUATE, OPTIMIZER, TRAIN, write_kit
+        from QEfficient.finetune.optimizer_graph import adamw_graph
+        from QEfficient.finetune.trainer import adapter_settings
+        from QEfficient.models.base import check_destination
+        from QEfficient.onnx_io import save_model
+        from QEfficient.store.files import remove_tree
+
+        destination = Path(directory)
+        check_destination(destination)
+        place = destination.with_name(f".saving-{destination.name}")
+        if place.exists():
+            remove_tree(place)
+        place.mkdir(parents=True)
+        tensors = self.file_tensors()
+        if self._scaling is not None:
+            tensors["lora_scaling"] = self._scaling
+        packages = {TRAIN: self.packages.train, EVALUATE: self.packages.evaluate}
+        write_kit(place, packages, tensors, None if self.adapter is None else adapter_settings(self))
+        save_model(adamw_graph(), place / OPTIMIZER)
+        if destination.exists():
+            destination.rmdir()
+        place.replace(destination)
+        return destination
+
     def close(self) -> None:
         """Frees the sessions' memory."""
         self._train.close()

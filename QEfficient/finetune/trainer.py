@@ -303,11 +303,15 @@ def save_trained(step: CompiledStep, directory: Path, base: BaseFiles | None = N
     save_tensors(step.file_tensors(), directory / ADAPTER_WEIGHTS)
     if step.is_classifier:  # names and number of the classes are nowhere else
         step.config.save_pretrained(str(directory))
+    text = json.dumps(adapter_settings(step), indent=2, sort_keys=True, default=str) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def adapter_settings(step: CompiledStep) -> dict[str, Any]:
+    """What ``adapter_config.json`` says; sets in sorted order, so that equal adapters have equal files."""
     config = step.peft_config.to_dict()
     config = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in config.items()}
-    config = {k: getattr(v, "value", v) for k, v in config.items()} | {"inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+    return {k: getattr(v, "value", v) for k, v in config.items()} | {"inference_mode": True}
 
 
 def load_trained(step: CompiledStep, directory: Path) -> None:

@@ -175,10 +175,9 @@ class Lowering:
         name = f"{target._schema.name.split('::')[1]}.{target._overloadname}"
         found = RULES.get(name)
         if found is None:
-            module = (node.meta.get("nn_module_stack") or {"": ("", "")}).popitem()[1][0]
             raise ExportError(
-                f"the training step needs the operator {target._schema.name}.{target._overloadname}"
-                f"{f' (in {module})' if module else ''}, which has no rule for ONNX yet."
+                f"the training step needs the operator {target._schema.name}.{target._overloadname}, which has no rule "
+                "for ONNX yet: report it with the model."
             )
         return found(self, node, *node.args, **node.kwargs)
 

@@ -17,7 +17,10 @@ _UNARY = {
     "tanh": "Tanh", "sqrt": "Sqrt", "abs": "Abs", "reciprocal": "Reciprocal", "relu": "Relu", "logical_not": "Not",
     "bitwise_not": "Not", "ceil": "Ceil", "floor": "Floor", "sign": "Sign", "isnan": "IsNaN", "isinf": "IsInf",
 }  # fmt: skip
-_BINARY = {"mul": "Mul", "sub": "Sub", "div": "Div", "maximum": "Max", "minimum": "Min"}
+_BINARY = {
+    "mul.Tensor": "Mul", "mul.Scalar": "Mul", "sub.Tensor": "Sub", "sub.Scalar": "Sub", "div.Tensor": "Div",
+    "div.Scalar": "Div", "maximum.default": "Max", "minimum.default": "Min",
+}  # fmt: skip
 _COMPARE = {"le": "LessOrEqual", "lt": "Less", "ge": "GreaterOrEqual", "gt": "Greater", "eq": "Equal"}
 _LOGICAL = {"and": "And", "or": "Or", "xor": "Xor"}
 
@@ -26,7 +29,7 @@ def _register() -> None:
     for aten, onnx in _UNARY.items():
         rule(f"{aten}.default")(_unary(onnx))
     for aten, onnx in _BINARY.items():
-        rule(f"{aten}.Tensor", f"{aten}.Scalar", f"{aten}.default")(_binary(onnx))
+        rule(aten)(_binary(onnx))
     for aten, onnx in _COMPARE.items():
         rule(f"{aten}.Tensor", f"{aten}.Scalar")(_compare(onnx))
     for aten, onnx in _LOGICAL.items():
@@ -163,10 +166,10 @@ def reduce_min(s: Lowering, n: Node, x: Node, dims: Any = (), keepdim: bool = Fa
     return _reduce(s, n, "ReduceMin", x, dims, keepdim)
 
 
-@rule("any.dim", "any.dims")
-def reduce_any(s: Lowering, n: Node, x: Node, dims: Any, keepdim: bool = False) -> ir.Value:
+@rule("any.default", "any.dim", "any.dims")
+def reduce_any(s: Lowering, n: Node, x: Node, dims: Any = None, keepdim: bool = False) -> ir.Value:
     counted = s.build.op("Cast", s.number(x, torch.bool), to=ir.DataType.INT32.value)
-    axes = [dims] if isinstance(dims, int) else list(dims)
+    axes = list(range(x.meta["val"].dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     found = s.build.op("ReduceMax", counted, s.build.constant(axes), keepdims=int(keepdim))
     return s.build.op("Cast", found, to=ir.DataType.BOOL.value)
 

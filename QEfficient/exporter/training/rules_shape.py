@@ -107,6 +107,8 @@ def slice_scatter(
     dim %= rank
     if same_shape(x, source):
         return s.value(source)
+    if step != 1:
+        return _write_every(s, x, source, dim, start, end, step)
     if is_zeros(x) and isinstance(start, int) and start >= 0:
         total, length = x.meta["val"].shape[dim], source.meta["val"].shape[dim]
         after: Any
@@ -128,6 +130,25 @@ def slice_scatter(
     if end != _END:
         parts.append(s.build.op("Slice", s.value(x), s.size(end), constant([_END]), constant([dim])))
     return s.build.op("Concat", *parts, axis=dim)
+
+
+def _write_every(s: Lowering, x: Node, source: Node, dim: int, start: Any, end: Any, step: int) -> ir.Value:
+    """Writes ``source`` into every ``step``-th place of an axis, which ScatterND takes in front."""
+    constant = s.build.constant
+    length = s.build.op("Shape", s.value(x), start=dim, end=dim + 1)
+    columns = s.build.op("Range", constant(0), s.build.op("Squeeze", length), constant(1))
+    places = s.build.op("Slice", columns, s.size(start), s.size(end), constant([0]), constant([step]))
+    front = [dim, *(axis for axis in range(x.meta["val"].dim()) if axis != dim)]
+    turned = [s.build.op("Transpose", s.value(value), perm=front) for value in (x, source)]
+    written = s.build.op("ScatterND", turned[0], s.build.op("Unsqueeze", places, constant([-1])), turned[1])
+    return s.build.op("Transpose", written, perm=[front.index(axis) for axis in range(len(front))])
+
+
+@rule("flip.default")
+def flip(s: Lowering, n: Node, x: Node, dims: list[int]) -> ir.Value:
+    """Slices that run backwards: the gradient of a running sum."""
+    ends = [s.build.constant([number] * len(dims)) for number in (-1, -_END, -1)]
+    return s.build.op("Slice", s.value(x), ends[0], ends[1], s.build.constant(list(dims)), ends[2])
 
 
 @rule("select_scatter.default")
