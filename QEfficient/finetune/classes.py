@@ -49,14 +49,14 @@ class ClassifierSource(CheckpointSource):
     """A checkpoint seen as a classifier of given classes.
 
     Args:
-        base: the checkpoint.
+        checkpoint: as it is on disk.
         classes: what its head tells apart.
         pad_token_id: for a model without one; the head of a decoder finds a row's last token by it.
     """
 
-    def __init__(self, base: CheckpointSource, classes: Classes, pad_token_id: int) -> None:
-        super().__init__(base.directory, base.name, base.trust_remote_code)
-        self.classes, self.pad_token_id = classes, pad_token_id
+    def __init__(self, checkpoint: CheckpointSource, classes: Classes, pad_token_id: int) -> None:
+        super().__init__(checkpoint.directory, checkpoint.name, checkpoint.trust_remote_code)
+        self.checkpoint, self.classes, self.pad_token_id = checkpoint, classes, pad_token_id
 
     def config(self) -> PreTrainedConfig:
         config = super().config()

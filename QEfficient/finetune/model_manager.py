@@ -109,8 +109,9 @@ class QEffModelManager:
             label_names: name -> class id, as the data has them.
             pad_token_id: for a model without one.
         """
-        classes = choose_classes(self.source.config(), label_names)
-        self.source = ClassifierSource(self.source, classes, pad_token_id)
+        checkpoint = self.source.checkpoint if isinstance(self.source, ClassifierSource) else self.source
+        classes = choose_classes(checkpoint.config(), label_names)
+        self.source = ClassifierSource(checkpoint, classes, pad_token_id)
         self._new_head = classes.new_head
         return classes
 
@@ -162,7 +163,7 @@ class QEffModelManager:
             self.export_to_onnx()
         assert self.graph is not None
         model = ONNXModel(self.graph / "model.onnx")
-        model.modify(self.options.queue())
+        model.modify(self.options.queue(self.init_model().vocabulary))
         return model
 
     def compile(self, report: Progress = silent) -> StepPackages:

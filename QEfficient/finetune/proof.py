@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -193,14 +192,3 @@ def _update_difference(
     if not bool(clear.any()) or lr == 0:
         return 0.0
     return float((results[0] - results[1])[clear].abs().max()) / lr
-
-
-def dequantized(reference: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
-    """Gives a torch model the frozen weights a quantized package computes with."""
-    from QEfficient.exporter.adapters import base_name
-
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters(remove_duplicate=False):
-            found = weights.get(base_name(name))
-            if found is not None:
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(found)).reshape(parameter.shape))

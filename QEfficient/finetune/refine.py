@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from QEfficient.errors import InputError, OptionError
+from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.checkpoint import checkpoints, staging
 from QEfficient.finetune.config import QEffConfig
@@ -203,9 +204,15 @@ class QEfficient:
             return reference
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(reference, str(self._tuned))
+        with quiet():
+            return PeftModel.from_pretrained(reference, str(self._tuned))
 
     # ------------------------------------------------------------------ parts
+
+    def parts(self) -> tuple[QEffModelManager, QEffDataManager]:
+        """The managers of model and data, made if needed; nothing is prepared yet."""
+        manager = self._manager()
+        return manager, self._data(manager)
 
     def _manager(self) -> QEffModelManager:
         if self.model_manager is None:

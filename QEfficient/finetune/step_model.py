@@ -68,6 +68,12 @@ class StepModel:
     config: Any
     peft_config: Any = None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens the head predicts; None for a classifier."""
+        base = self.skeleton.get_base_model() if self.adapter is not None else self.skeleton  # type: ignore[operator]
+        return None if is_classifier(base) else int(self.facts.get("vocab_size") or 1)
+
     def step(self, teacher_top: int = 0) -> TokenStep | ClassificationStep:
         """The module to capture."""
         base = self.skeleton.get_base_model() if self.adapter is not None else self.skeleton  # type: ignore[operator]

@@ -47,7 +47,8 @@ class StepOptions:
             results of matrix products and softmax; ``layers``, each layer's whole forward pass.
         base_weights: ``fp32`` keeps the checkpoint's own precision, ``int8`` and ``int4`` quantize what is frozen.
         block_size: columns that share a scale in ``int4``.
-        loss_chunks: parts in which the vocabulary projection is done, so that only one part's logits exist; 1 is whole.
+        loss_chunks: parts in which the vocabulary projection is done, so that only one part's logits exist; None takes
+            4 for a vocabulary of 8,192 or more and 1 below.
         teacher_top: K of the distillation inputs; 0 leaves them out.
         transforms: the user's own ONNX transforms, run last.
         dry_run: write what the target's compiler takes without compiling; the packages cannot be loaded.
@@ -59,7 +60,7 @@ class StepOptions:
     recompute: str = "products"
     base_weights: str = "fp32"
     block_size: int = 32
-    loss_chunks: int = 1
+    loss_chunks: int | None = None
     teacher_top: int = 0
     transforms: tuple[TransformLike, ...] = ()
     dry_run: bool = False
@@ -76,14 +77,14 @@ class StepOptions:
         if isinstance(self.teacher_top, bool) or not isinstance(self.teacher_top, int) or self.teacher_top < 0:
             raise OptionError(f"teacher_top must be an integer of at least 0, got {self.teacher_top!r}.")
 
-    def queue(self) -> list[OnnxTransform]:
-        """The ONNX transforms of the gradient package, in the order they run."""
+    def queue(self, vocabulary: int | None = None) -> list[OnnxTransform]:
+        """The ONNX transforms of the gradient package, in the order they run; no vocabulary means a classifier."""
         chosen: list[TransformLike] = []
         if self.base_weights != "fp32":
             bits = {"int8": 8, "int4": 4}[self.base_weights]
             chosen.append(f"QuantizeBase:bits={bits},block_size={self.block_size}")
-        if self.loss_chunks > 1:
-            chosen.append(f"ChunkedLoss:chunks={self.loss_chunks}")
+        if vocabulary is not None:  # one chunk, too, rids the head of needless passes
+            chosen.append(f"ChunkedLoss:chunks={self.loss_chunks or (4 if vocabulary >= 8192 else 1)}")
         if self.recompute != "none":
             chosen.append(f"Recompute:keep={'products' if self.recompute == 'products' else 'nothing'}")
         chosen.extend(get_target(self.target).transforms(TASK))
@@ -118,7 +119,7 @@ def build_step(model: StepModel, options: StepOptions, store: ArtifactStore, rep
     """
     asked = options.compile_options()
     compiling_target(asked)
-    queue = options.queue()
+    queue = options.queue(model.vocabulary)
     key, graph = export_step(model, store, report, teacher_top=options.teacher_top)
     train = compile_export(store, graph, key, asked, queue, report)
     forward_key, forward = _forward_graph(key, graph, store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -131,7 +130,7 @@ ELEMENTWISE: dict[str, Function] = {
     "choose a number": lambda w, v, x, n: torch.where(x <= 0.3, x * v, 0.25),
     "masked fill": lambda w, v, x, n: (x * v).masked_fill(x < 0, -2.0),
     "comparisons": lambda w, v, x, n: ((x >= 0.1) & ~(x > 1) | (x < -1) ^ (x != 0.5)) * v,
-    "whole against fraction": lambda w, v, x, n: (n > 2.5)[:, None] * v + (n == 3)[:, None] * v * 2 + (n != 2)[:, None] * v,
+    "whole against fraction": lambda w, v, x, n: ((n > 2.5)[:, None] + (n == 3)[:, None] * 2 + (n != 2)[:, None]) * v,
     "logical": lambda w, v, x, n: torch.logical_and(x > 0, torch.logical_not(n[:, None] > 2)) * v,
     "casts": lambda w, v, x, n: n[:, None].float() * v + (x * 3).long() * v + (x > 0).double() * v,
     "floor of a quotient": lambda w, v, x, n: torch.div(x * 7, v.detach(), rounding_mode="floor") * v,
@@ -224,7 +223,9 @@ SHAPES: dict[str, Function] = {
     "every other": lambda w, v, x, n: w[::2] * v + w[1::2] * v,
     "every third from the second": lambda w, v, x, n: w[1:6:3] * v,
     "every other of rows": lambda w, v, x, n: (x * v)[::2],
-    "rotated halves": lambda w, v, x, n: torch.cat([-(x * v)[:, 2:], (x * v)[:, :2]], dim=-1) * v,
+    "rotated halves": lambda w, v, x, n: (lambda y: torch.cat([-y[..., 2:], y[..., :2]], dim=-1) * v)(x * v),
+    "rotated halves of all rows": lambda w, v, x, n: (lambda y: torch.cat([-y[:, 2:], y[:, :2]], dim=-1) * v)(x * v),
+    "interleaved": lambda w, v, x, n: (lambda y: torch.stack([-y[..., 1::2], y[..., ::2]], -1).flatten(-2))(x * v),
     "three parts": lambda w, v, x, n: w[:2] * v + w[2:4] * v * 2 + w[4:] * v * 3,
     "overlapping parts": lambda w, v, x, n: w[:4] * v + w[2:] * v * 2,
     "select": lambda w, v, x, n: w[0] * v + w[3] * 2 - w[-1] * 3,

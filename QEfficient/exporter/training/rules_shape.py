@@ -14,7 +14,12 @@ _END = 2**63 - 1
 aten = torch.ops.aten
 
 
-@rule("_assert_tensor_metadata.default", "_assert_scalar.default", "sym_constrain_range_for_size.default")
+@rule(
+    "_assert_tensor_metadata.default",
+    "_assert_scalar.default",
+    "_assert_async.msg",
+    "sym_constrain_range_for_size.default",
+)
 def nothing(s: Lowering, n: Node, *args: Any, **kwargs: Any) -> None:
     """Checks made while tracing."""
 

@@ -158,7 +158,8 @@ def output_head(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
     if not isinstance(head, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head to compute a token loss with.")
     return head

@@ -152,8 +152,8 @@ class _Region:
             axes = _axes(node, sizes)
             return axes is not None and self.rows.get(node.inputs[0]) not in axes
         if kind == "Slice":
-            axes = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
-            return axes is not None and all(int(a) % rank != axis for a in axes.numpy())
+            sliced = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
+            return sliced is not None and all(int(a) % rank != axis for a in sliced.numpy())
         if kind == "Gather" and node.inputs[0] not in self.rows:
             return True
         if kind in _ALONG_AXIS:

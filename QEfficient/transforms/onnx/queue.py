@@ -17,6 +17,7 @@ from QEfficient.errors import OptionError, QEfficientError, TransformError
 from QEfficient.store.digest import json_digest
 from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
+from QEfficient.transforms.onnx.chunked_loss import ChunkedLoss
 from QEfficient.transforms.onnx.fix_training_ops import FixTrainingOps
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
@@ -28,7 +29,7 @@ from QEfficient.transforms.onnx.split_weights import SplitWeights
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
 
 BUILT_IN: dict[str, type[OnnxTransform]] = {
-    t.name: t for t in (FP16Clip, FixTrainingOps, LoraAdapters, QuantizeBase, Recompute, SplitWeights)
+    t.name: t for t in (ChunkedLoss, FP16Clip, FixTrainingOps, LoraAdapters, QuantizeBase, Recompute, SplitWeights)
 }
 
 
