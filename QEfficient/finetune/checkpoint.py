@@ -22,6 +22,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 RUN = "run.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -96,6 +97,47 @@ def remove_unfinished(output_dir: Path) -> None:
         for path in output_dir.iterdir():
             if path.is_dir() and path.name.startswith((".saving-", ".old-")):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_point(output_dir: Path, asked: str | bool | None, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint a run continues from, checked; None when it starts anew.
+
+    Args:
+        asked: a checkpoint's path, or True for the latest complete one in ``output_dir``.
+        identity: what this run depends on.
+
+    Raises:
+        OptionError: there is none, or it is of another model or run.
+        PackageError: it is damaged.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        found = checkpoints(output_dir)
+        if not found:
+            raise OptionError(
+                f"there is no checkpoint in {output_dir} to resume from: leave resume_from_checkpoint out."
+            )
+        chosen = found[-1]
+    else:
+        chosen = Path(asked)
+        if not (chosen / STATE).is_file():
+            raise OptionError(f"{chosen} is not a complete checkpoint: it has no {STATE}.")
+    check_same_run(chosen, identity)
+    _check_state(chosen)
+    return chosen
+
+
+def _check_state(directory: Path) -> None:
+    try:
+        step = json.loads((directory / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        step = None
+    if not isinstance(step, int):
+        raise PackageError(f"{directory / STATE} is damaged: resume from an earlier checkpoint.")
+    for name in (OPTIMIZER, SCHEDULER):
+        if not (directory / name).is_file():  # transformers would begin with a fresh one and say nothing
+            raise PackageError(f"{directory} has no {name}, so the run cannot continue as it was: use another one.")
 
 
 def check_same_run(directory: Path, identity: Mapping[str, Any], allowed: bool = False) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from QEfficient.errors import InputError, OptionError
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.arguments import QEffTrainingArgs
-from QEfficient.finetune.checkpoint import checkpoints, staging
+from QEfficient.finetune.checkpoint import checkpoints, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.model_manager import QEffModelManager
@@ -110,6 +110,12 @@ class QEfficient:
             classes = manager.set_classes(data.label_names, data.pad_token_id)
             head = "a new head" if classes.new_head else "the checkpoint's head"
             tell(f"{len(classes.names)} classes on {head}: {', '.join(classes.names[:20])}")
+        earlier, asked = checkpoints(output), chosen.resume_from_checkpoint
+        identity: dict[str, Any] = {}
+        if not chosen.dry_run:
+            # Before anything is compiled or written: a directory of another run stays as it is.
+            identity = {**manager.identity(), "data": data.fingerprint}
+            resume_point(output, asked or bool(earlier), identity)
         if chosen.should_save:
             data.write_report(output)
             self.config.save(output / CONFIG_FILE)
@@ -124,19 +130,16 @@ class QEfficient:
             data,
             train,
             held,
-            run_identity={**manager.identity(), "data": data.fingerprint},
+            run_identity=identity,
             callbacks=self.callbacks,
             tokenizer=data.tokenizer,
             base_files=manager.base_files(),
         )
-        earlier = checkpoints(output)
         if (chosen.validate if validate is None else validate) and not earlier and chosen.process_index == 0:
             self._prove(step, tell, output)
-        asked: str | bool | None = chosen.resume_from_checkpoint
         if earlier and not asked:
             tell(f"continuing from {earlier[-1]} (overwrite_output_dir=True starts anew).")
-            asked = True
-        self.trainer.train(resume_from_checkpoint=asked)
+        self.trainer.train(resume_from_checkpoint=asked or bool(earlier))
         if held is not None:
             self.trainer.evaluate()
         self._save_final(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +19,19 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from QEfficient.errors import InputError, OptionError, TrainingError
+from QEfficient.errors import ArtifactWriteError, InputError, PackageError, TrainingError
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.callbacks import METRICS_FILE, LossPlot, MetricsFile, ProgressLine
 from QEfficient.finetune.checkpoint import (
     ADAPTER_WEIGHTS,
     MODEL_WEIGHTS,
+    OPTIMIZER,
+    SCHEDULER,
     STATE,
-    check_same_run,
-    checkpoints,
     load_tensors,
     publish,
     remove_unfinished,
+    resume_point,
     save_tensors,
     staging,
     write_run,
@@ -41,6 +43,7 @@ from QEfficient.finetune.data.loader import Rows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.meter import Meter
 from QEfficient.finetune.model_files import BaseFiles, write_model
+from QEfficient.store.files import write_errors
 
 PICTURE = "loss.png"
 
@@ -147,7 +150,7 @@ class QEffTrainer(Trainer):
         trained = result.trained_tokens
         mask = inputs["attention_mask"]
         self.meter.add(result.loss * (items or max(trained, 1)), trained, int((mask != 0).sum()), mask.numel())
-        if self.args.world_size > 1 and items is not None:
+        if self.args.world_size > 1 and items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.args.world_size  # DistributedDataParallel takes the mean of the ranks' gradients
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -208,26 +211,14 @@ class QEffTrainer(Trainer):
 
         Raises:
             OptionError: the checkpoint is of another model or run, or there is none.
+            PackageError: the checkpoint is damaged.
             TrainingError: the loss is not a number any more.
         """
         output = Path(str(self.args.output_dir))
         if self.is_world_process_zero():
             remove_unfinished(output)
-        chosen: str | None = None
-        if resume_from_checkpoint is True:
-            found = checkpoints(output)
-            if not found:
-                raise OptionError(
-                    f"there is no checkpoint in {output} to resume from: leave resume_from_checkpoint out."
-                )
-            chosen = str(found[-1])
-        elif resume_from_checkpoint:
-            chosen = str(resume_from_checkpoint)
-            if not (Path(chosen) / STATE).is_file():
-                raise OptionError(f"{chosen} is not a complete checkpoint: it has no {STATE}.")
-        if chosen is not None:
-            check_same_run(Path(chosen), self.run_identity)
-        return super().train(chosen, trial, ignore_keys_for_eval)
+        chosen = resume_point(output, resume_from_checkpoint, self.run_identity)
+        return super().train(str(chosen) if chosen is not None else None, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes ``checkpoint-N`` beside its place and moves it there: it is complete or absent."""
@@ -243,16 +234,12 @@ class QEffTrainer(Trainer):
             best = output / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
-        self.save_model(str(place), _internal_call=True)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(place))
-            self._save_rng_state(str(place))
-        if self.is_world_process_zero():
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks, dict):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            write_run(place, self.run_identity)
-            self.state.save_to_json(str(place / STATE))
+        try:
+            with write_errors("the checkpoint", output / name):
+                self._write_checkpoint(place)
+        except ArtifactWriteError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         self._barrier()
         if self.is_world_process_zero():
             publish(place, output / name)
@@ -264,6 +251,21 @@ class QEffTrainer(Trainer):
             )
         self._barrier()
         self.meter.pause(time.perf_counter() - began)
+
+    def _write_checkpoint(self, place: Path) -> None:
+        self.save_model(str(place), _internal_call=True)
+        if not self.args.save_only_model:
+            try:
+                self._save_optimizer_and_scheduler(str(place))
+                self._save_rng_state(str(place))
+            except RuntimeError as error:  # torch's writer has no error of its own
+                raise OSError(str(error).splitlines()[0]) from error
+        if self.is_world_process_zero():
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks, dict):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            write_run(place, self.run_identity)
+            self.state.save_to_json(str(place / STATE))
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:
@@ -286,6 +288,15 @@ class QEffTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self._step, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise PackageError(
+                f"{OPTIMIZER} or {SCHEDULER} in {checkpoint} cannot be read ({reason}): resume from an earlier one."
+            ) from None
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

@@ -233,8 +233,14 @@ def _set_up(options: ort.SessionOptions, runtime: Mapping[str, Any]) -> None:
         # Freed memory goes back at once; with the pattern planner on, ORT would reserve the peak up front again.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
+    if not runtime.get("memory_pattern", True):
+        options.enable_mem_pattern = False
+    if runtime.get("optimization") == "basic":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not runtime.get("prepacking", True):
         options.add_session_config_entry("session.disable_prepacking", "1")
     if runtime.get("order") == "priority":
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if not runtime.get("optimize", True):
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.use_deterministic_compute = bool(runtime.get("deterministic", False))

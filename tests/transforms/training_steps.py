@@ -35,18 +35,29 @@ def file_name(name: str) -> str:
 
 
 def capture(family: str) -> bytes:
-    """The serialised step of a tiny model with LoRA on its linear layers."""
-    model = (tiny_classifier if family == "bert" else tiny_causal_lm)(family, attn_implementation="eager").eval()
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=_TARGETS.get(family, "all-linear")))
-    torch.manual_seed(0)
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:  # zero, it would make every gradient of lora_A zero
-            parameter.data.normal_(0, 0.1)
-    base = tuned.get_base_model()
+    """The serialised step of a tiny model with LoRA on its linear layers.
+
+    "llama-full" trains every parameter instead, "llama-teacher" has a second loss on four teacher tokens per row, and
+    "llama-wide" has a vocabulary of 32,000.
+    """
+    kind, _, variant = family.partition("-")
+    options = {"vocab_size": 32000} if variant == "wide" else {}
+    make = tiny_classifier if kind == "bert" else tiny_causal_lm
+    model: Any = make(kind, attn_implementation="eager", **options).eval()
+    base = model
+    if variant != "full":
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=_TARGETS.get(kind, "all-linear")))
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero, it would make every gradient of lora_A zero
+                parameter.data.normal_(0, 0.1)
     use_our_attention(base)
-    step = ClassificationStep(tuned) if family == "bert" else TokenStep(tuned, output_head(base))
+    if kind == "bert":
+        step: Any = ClassificationStep(model)
+    else:
+        step = TokenStep(model, output_head(base), teacher_top=4 if variant == "teacher" else 0)
     graph = capture_step(step, file_name)
-    values = {file_name(n): p for n, p in tuned.named_parameters(remove_duplicate=False)}
+    values = {file_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     for name, value in graph.model.graph.initializers.items():
         if value.const_value is None:
             value.const_value = ir.tensor(values[name].detach().numpy(), name=name)
@@ -71,6 +82,9 @@ def feeds(model: ir.Model, batch: int = 3, seq: int = 17, rows: int = 20, seed: 
         "row_weights": rng.random(rows).astype(np.float32),
         "labels": rng.integers(0, NUM_LABELS, batch),
         "weights": rng.random(batch).astype(np.float32),
+        "teacher_ids": rng.integers(0, VOCAB_SIZE, (rows, 4)),
+        "teacher_logprobs": np.log(rng.dirichlet(np.ones(5), rows)[:, :4]).astype(np.float32),
+        "teacher_weights": rng.random(rows).astype(np.float32),
     }
     return {str(value.name): made[str(value.name)] for value in model.graph.inputs}
 
@@ -150,12 +164,11 @@ _MEASURE = """
     import numpy as np
     import onnxruntime as ort
     from pathlib import Path
+    from QEfficient.targets.host import TRAINING_RUNTIME
     from QEfficient.targets.host_session import _set_up
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    _set_up(options, {"arena": False, "order": "priority", "prepacking": False})
-    # Fusions put their nodes last, which upsets an order that goes by place.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    _set_up(options, TRAINING_RUNTIME)
     session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
     inputs = dict(np.load(sys.argv[2]))
     def status(field):  # not getrusage: its peak is inherited from the process that started this one
@@ -168,7 +181,7 @@ _MEASURE = """
 
 
 def memory(model: ir.Model, inputs: dict[str, np.ndarray], directory: Path) -> tuple[int, int]:
-    """Bytes a process of its own holds after loading, and how many more at the peak of one step (arena off)."""
+    """Bytes a process of its own holds after loading, and how many more at the peak of one step."""
     ir.save(model, directory / "model.onnx")
     np.savez(directory / "inputs.npz", **inputs)
     command = [sys.executable, "-c", textwrap.dedent(_MEASURE), directory / "model.onnx", directory / "inputs.npz"]

@@ -41,8 +41,8 @@ class Recompute(OnnxTransform):
     copies apart from the originals and behind the backward pass of the layer above. Layers are found by the first
     whole number in the names of weights. The price is at most one more forward pass; gradients stay the same.
 
-    A host session gives freed memory back, and so gains from this, only without its arena and in node order
-    (``Manifest.runtime``: ``arena`` False, ``order`` "priority").
+    A host session gains from this only when nodes run in the graph's order and memory is not planned ahead
+    (``Manifest.runtime``: ``order`` "priority", ``optimization`` "basic", ``memory_pattern`` False).
 
     Parameters:
         keep: ``nothing`` of a layer but its input; or ``products``: results of matrix products, softmax and other
