@@ -123,7 +123,8 @@ def finetune(
         typer.echo(str(estimate_run(run)))
         return
     run.refine(load=False)
-    typer.echo(str(how.output_dir))
+    if how.process_index == 0:
+        typer.echo(str(how.output_dir))
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class QEffTrainer(Trainer):
         self.data, self.run_identity, self.base_files = data, dict(run_identity or {}), base_files
         self.meter = Meter()
         args.logging_nan_inf_filter = False
+        if args.ddp_find_unused_parameters is None:  # every trained tensor gets a gradient in every step
+            args.ddp_find_unused_parameters = False
         own: list[TrainerCallback] = [_StepCounter(self.meter), MetricsFile(args.logs_dir)]
         if args.plot:
             own.append(LossPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))

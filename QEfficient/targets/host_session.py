@@ -243,4 +243,6 @@ def _set_up(options: ort.SessionOptions, runtime: Mapping[str, Any]) -> None:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if not runtime.get("optimize", True):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Runs at every level otherwise: gives each reader of a dequantized weight a copy, and all copies live at once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.use_deterministic_compute = bool(runtime.get("deterministic", False))
