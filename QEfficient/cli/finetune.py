@@ -107,11 +107,12 @@ def finetune(
         given["lora_config"] = None
     elif rank is not None:
         given["lora_config"] = {**(given.get("lora_config") or {}), "r": rank}
+    from QEfficient.finetune.config import ALIASES
     from QEfficient.finetune.options import split_options
 
-    what, how = split_options(given)
-    if not what.model_id:
+    if not any(given.get(name) for name in ("model_id", *(k for k, v in ALIASES.items() if v == "model_id"))):
         raise OptionError("name a model: qefficient finetune MODEL --dataset DATA --output DIR.")
+    what, how = split_options(given)
     if what.dataset_name is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
     from QEfficient.finetune.refine import QEfficient

@@ -99,6 +99,8 @@ class QEfficient:
         if chosen is None:
             raise OptionError("refine needs QEffTrainingArgs: pass them here or to QEfficient.")
         self.args = chosen
+        # Earlier parts, as generate() makes them, may be for other arguments, and their tensors may be trained already.
+        self.model_manager, self.data_manager = None, None
         tell = say if say is not None and chosen.should_log else (_print if chosen.should_log else _quiet)
         output = Path(str(chosen.output_dir))
         self._prepare_output(output, chosen)
@@ -187,6 +189,11 @@ class QEfficient:
                 raise InputError(f"the prompt has {len(ids)} tokens and max_length={limit} leaves no room: raise it.")
         if self._inference is None:
             self._inference = manager.inference(self._tuned)
+        if "eos_token_id" not in settings and data.tokenizer.eos_token_id is not None:
+            # Answers were trained to end with the tokenizer's end token, which the model's own settings may not know.
+            own = manager.source.generation_config().get("eos_token_id")
+            known = own if isinstance(own, list) else [] if own is None else [own]
+            settings = {**settings, "eos_token_id": [*known, data.tokenizer.eos_token_id]}
         out = self._inference.generate(
             input_ids=np.asarray([ids], np.int64), max_new_tokens=max_new_tokens, **{"do_sample": False, **settings}
         )

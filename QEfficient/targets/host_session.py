@@ -235,13 +235,11 @@ def _set_up(options: ort.SessionOptions, runtime: Mapping[str, Any]) -> None:
         options.enable_mem_pattern = False
     if not runtime.get("memory_pattern", True):
         options.enable_mem_pattern = False
-    if runtime.get("optimization") == "basic":
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not runtime.get("prepacking", True):
         options.add_session_config_entry("session.disable_prepacking", "1")
     if runtime.get("order") == "priority":
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    if not runtime.get("optimize", True):
+    if runtime.get("optimization") == "none":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Runs at every level otherwise: gives each reader of a dequantized weight a copy, and all copies live at once.
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -118,6 +118,7 @@ ELEMENTWISE: dict[str, Function] = {
     "cube": lambda w, v, x, n: (x * v).pow(3),
     "power one": lambda w, v, x, n: (x * v).pow(1),
     "fractional power": lambda w, v, x, n: (x * x * v).pow(1.7),
+    "power of tensors": lambda w, v, x, n: torch.pow(v, x) + torch.pow(2.0, x * v),
     "minus a half": lambda w, v, x, n: (x * x + v).pow(-0.5),
     "divide": lambda w, v, x, n: x / v + v / (x * x + 1),
     "scaled addition": lambda w, v, x, n: torch.add(x, v, alpha=3) - torch.sub(v, x, alpha=-2),
@@ -245,6 +246,8 @@ SHAPES: dict[str, Function] = {
     "padding": lambda w, v, x, n: functional.pad(w * v, (1, 2)) * functional.pad(v, (3, 0)),
     "padding of rows with a value": lambda w, v, x, n: functional.pad(x, (0, 0, 2, 1), value=3.0) * v,
     "negative padding": lambda w, v, x, n: functional.pad(w * v, (-1, 1, 0, -2)),
+    "copy": lambda w, v, x, n: (x * 2).copy_(v) * x + (w * 1).copy_(w * v).sum(),
+    "new memory": lambda w, v, x, n: x.new_empty(x.shape).copy_(v) * x,
     "flip": lambda w, v, x, n: torch.flip(x * v, (0, 1)) * v,
     "triangles": lambda w, v, x, n: torch.tril(x @ x.t() * v[0]) + torch.triu(x @ x.t() * v[1], diagonal=1),
     "lower diagonals": lambda w, v, x, n: torch.tril(w * v, diagonal=-1),
@@ -338,6 +341,8 @@ def test_grouped_product() -> None:
 
 def test_every_rule_belongs_to_an_operator() -> None:
     """A rule under a misspelt overload would never run."""
+    import transformers.integrations.moe  # noqa: F401  # registers operators of its own
+
     for name in RULES:
         operator, overload = name.split(".")
         spaces = [torch.ops.aten, torch.ops.transformers]

@@ -171,7 +171,10 @@ class Lowering:
         if target in _SIZE_ARITHMETIC:
             return self.build.op(_SIZE_ARITHMETIC[target], *(self.size(x) for x in node.args))
         if not isinstance(target, torch._ops.OpOverload):
-            raise ExportError(f"the training step uses {target}, which has no rule for ONNX: report it with the model.")
+            name = getattr(target, "__name__", str(target))
+            raise ExportError(
+                f"the training step uses {name}, which has no rule for ONNX yet: report it with the model."
+            )
         name = f"{target._schema.name.split('::')[1]}.{target._overloadname}"
         found = RULES.get(name)
         if found is None:
@@ -220,4 +223,5 @@ _SIZE_ARITHMETIC: dict[Any, str] = {
     operator.add: "Add",
     operator.sub: "Sub",
     operator.floordiv: "Div",
+    operator.neg: "Neg",
 }

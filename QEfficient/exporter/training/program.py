@@ -97,6 +97,7 @@ def write_training_graph(
     LoraAdapters(graph.trained).apply(model, directory)
     frozen = {name for name, value in model.graph.initializers.items() if value.const_value is None}
     attach(model, weights, frozen, dict(aliases))
+    cast_where_used(model)
     for location, file in weight_files(model).items():
         place_file(file, directory / location)
     inputs = tuple(TensorSpec(i.name, i.dtype, i.dims) for i in graph.inputs if i.name != SCALING_INPUT)
@@ -105,6 +106,42 @@ def write_training_graph(
     model.producer_name = "QEfficient"
     save_model(model, directory / ONNX_FILE)
     return Interface(TASK, inputs, outputs, (), facts, tuple(held))
+
+
+def cast_where_used(model: ir.Model) -> int:
+    """Gives every reader of a weight stored in another precision a Cast of its own, right before it.
+
+    One Cast for all readers would keep a float32 copy of the whole model from the first layer's forward pass to its
+    backward pass. Rows gathered from a table are cast after the gathering. Returns how many weights were changed.
+    """
+    graph, changed = model.graph, 0
+    for cast in [n for n in graph if n.op_type == "Cast" and n.inputs[0] is not None and n.inputs[0].is_initializer()]:
+        source, old = cast.inputs[0], cast.outputs[0]
+        assert source is not None
+        for use in list(old.uses()):
+            reader = use.node
+            attributes = {"to": cast.attributes["to"].value}
+            if reader.op_type == "Gather" and use.idx == 0:
+                out = reader.outputs[0]
+                users = list(out.uses())
+                reader.replace_input_with(0, source)
+                late = ir.node("Cast", [out], attributes, name=f"{reader.name}/cast")
+                late.outputs[0].shape, late.outputs[0].type = out.shape, out.type
+                late.outputs[0].name = f"{out.name}_cast"
+                out.type = ir.TensorType(source.dtype) if source.dtype is not None else None
+                for user, place in users:
+                    user.replace_input_with(place, late.outputs[0])
+                graph.insert_after(reader, late)
+                continue
+            own = ir.node("Cast", [source], attributes, name=f"{cast.name}/{reader.name}")
+            own.outputs[0].shape, own.outputs[0].type = old.shape, old.type
+            own.outputs[0].name = f"{old.name}_{reader.name}"
+            graph.insert_before(reader, own)
+            reader.replace_input_with(use.idx, own.outputs[0])
+        if not list(old.uses()) and not old.is_graph_output():
+            graph.remove(cast, safe=True)
+            changed += 1
+    return changed
 
 
 def choose_trained(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

@@ -104,6 +104,11 @@ def power(s: Lowering, n: Node, x: Node, exponent: float) -> ir.Value:
     return s.build.op("Pow", value, s.build.scalar(exponent, dtype_of(n)))
 
 
+@rule("pow.Tensor_Tensor", "pow.Scalar")
+def power_of_tensors(s: Lowering, n: Node, x: Any, exponent: Any) -> ir.Value:
+    return s.build.op("Pow", s.number(x, dtype_of(n)), s.number(exponent, dtype_of(n)))
+
+
 @rule("rsqrt.default")
 def rsqrt(s: Lowering, n: Node, x: Node) -> ir.Value:
     return s.build.op("Reciprocal", s.build.op("Sqrt", s.value(x)))

@@ -174,7 +174,8 @@ def select_scatter(s: Lowering, n: Node, x: Node, source: Node, dim: int, index:
 
 
 def is_zeros(x: Node) -> bool:
-    return (x.target is aten.full.default and x.args[1] == 0) or (x.target is aten.full_like.default and x.args[1] == 0)
+    """Whether a node makes a tensor of zeros."""
+    return x.target in (aten.full.default, aten.full_like.default) and bool(x.args[1] == 0)
 
 
 def _shape_of_zeros(x: Node) -> Any:
@@ -190,7 +191,7 @@ def joined_halves(s: Lowering, x: Node, y: Node) -> ir.Value | None:
         arguments = [*node.args, *([None] * (6 - len(node.args)))]
         target, source, dim, start, end, step = arguments
         rank = target.meta["val"].dim()  # type: ignore[union-attr]
-        axis = (dim or 0) % rank  # type: ignore[operator]
+        axis = (dim or 0) % rank
         total = target.meta["val"].shape[axis]  # type: ignore[union-attr]
         if not isinstance(total, int) or (step or 1) != 1:
             return None
@@ -230,10 +231,22 @@ def full(s: Lowering, n: Node, shape: Any, fill: Any, **options: Any) -> ir.Valu
     return s.build.op("Expand", value, s.sizes(shape)) if len(shape) else value
 
 
-@rule("empty_permuted.default", "empty.memory_format", "new_empty.default")
+@rule("empty_permuted.default", "empty.memory_format")
 def empty(s: Lowering, n: Node, shape: Any, *args: Any, **options: Any) -> ir.Value:
     """Memory that is written in full later; zeros, because a graph has no uninitialised values."""
     return s.build.op("Expand", s.build.scalar(0, dtype_of(n)), s.sizes(shape))
+
+
+@rule("new_empty.default", "new_empty_strided.default")
+def new_empty(s: Lowering, n: Node, x: Node, shape: Any, *args: Any, **options: Any) -> ir.Value:
+    return s.build.op("Expand", s.build.scalar(0, dtype_of(n)), s.sizes(shape))
+
+
+@rule("copy.default")
+def copy(s: Lowering, n: Node, x: Node, source: Node, non_blocking: bool = False) -> ir.Value:
+    """``source`` in the shape and dtype of ``x``, whose content is overwritten."""
+    value = s.number(source, dtype_of(n))
+    return value if same_shape(x, source) else s.build.op("Expand", value, s.build.op("Shape", s.value(x)))
 
 
 @rule("full_like.default")

@@ -23,14 +23,23 @@ from QEfficient.transforms.onnx.fp16_clip import FP16Clip
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
 from QEfficient.transforms.onnx.recompute import Recompute
+from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
 
 #: What a user may pass for a transform: its name, "name:parameter=value,…", "file.py:Class", a class or an instance.
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
 
-BUILT_IN: dict[str, type[OnnxTransform]] = {
-    t.name: t for t in (ChunkedLoss, FP16Clip, FixTrainingOps, LoraAdapters, QuantizeBase, Recompute, SplitWeights)
-}
+_BUILT_IN: tuple[type[OnnxTransform], ...] = (
+    ChunkedLoss,
+    FP16Clip,
+    FixTrainingOps,
+    LoraAdapters,
+    QuantizeBase,
+    Recompute,
+    Schedule,
+    SplitWeights,
+)
+BUILT_IN: dict[str, type[OnnxTransform]] = {t.name: t for t in _BUILT_IN}
 
 
 class CustomTransform(OnnxTransform):

@@ -100,28 +100,51 @@ class Sizes:
 
     def _inferred(self, node: ir.Node) -> Dims:
         shapes = [self._shapes[v] for v in node.inputs if v is not None]
-        if node.op_type in ("Shape", "Size", "NonZero") or not shapes:
-            return (len(shapes[0]),) if shapes else ()
-        if node.op_type in _PRODUCTS:
+        if not shapes:
+            return ()
+        first, kind = shapes[0], node.op_type
+        if kind == "Shape":
+            return (len(range(len(first))[_int(node, "start", 0) : _int(node, "end", len(first))]),)
+        if kind in _PRODUCTS:
             return _product(node, shapes)
-        if node.op_type == "Gather" and len(shapes[0]) > 0:
-            axis = _int(node, "axis", 0) % len(shapes[0])
-            return (*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])
-        if node.op_type == "Slice":
-            return self._slice(node, shapes[0])
+        if kind == "Gather" and first:
+            axis = _int(node, "axis", 0) % len(first)
+            return (*first[:axis], *shapes[1], *first[axis + 1 :])
+        if kind == "Concat":
+            axis = _int(node, "axis", 0) % len(first)
+            return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+        if kind == "Slice":
+            return self._slice(node, first)
+        if kind == "Unsqueeze":
+            added = {axis % (len(first) + len(axes)) for axes in [_constants(node, 1) or [0]] for axis in axes}
+            left = iter(first)
+            return tuple(1 if axis in added else next(left) for axis in range(len(first) + len(added)))
+        if kind == "Squeeze":
+            gone = {axis % len(first) for axis in _constants(node, 1) or [i for i, d in enumerate(first) if d == 1]}
+            return tuple(d for axis, d in enumerate(first) if axis not in gone)
+        if kind.startswith("Reduce") or kind == "ArgMax":
+            given = [_int(node, "axis", 0)] if kind == "ArgMax" else _constants(node, 1) or list(range(len(first)))
+            axes = {axis % max(1, len(first)) for axis in given}
+            keep = _int(node, "keepdims", 1)
+            return tuple(1 if axis in axes else d for axis, d in enumerate(first) if keep or axis not in axes)
         try:
             return np.broadcast_shapes(*shapes)
         except ValueError:
             return max(shapes, key=math.prod)
 
     def _slice(self, node: ir.Node, shape: Dims) -> Dims:
+        starts, ends, axes, steps = (_constants(node, place) for place in range(1, 5))
+        result = list(shape)
+        if starts is not None and ends is not None:
+            for number, axis in enumerate(axes or range(len(starts))):
+                step = steps[number] if steps else 1
+                result[axis] = len(range(shape[axis])[starts[number] : ends[number] : step])
+            return tuple(result)
         source = node.inputs[0]
         siblings = [n for n in source.consumers() if n.op_type == "Slice"] if source is not None else []
-        axes = node.inputs[3] if len(node.inputs) > 3 else None
-        axis = int(axes.const_value.numpy()[0]) if axes is not None and axes.const_value is not None else 0
-        share = list(shape)
-        share[axis] = math.ceil(shape[axis] / max(1, len(siblings)))
-        return tuple(share)
+        axis = axes[0] if axes else 0
+        result[axis] = math.ceil(shape[axis] / max(1, len(siblings)))
+        return tuple(result)
 
     def dtype(self, value: ir.Value) -> ir.DataType:
         """The value's type: as noted, or as that of what it was made from."""
@@ -156,3 +179,11 @@ def _product(node: ir.Node, shapes: list[Dims]) -> Dims:
 def _int(node: ir.Node, name: str, default: int) -> int:
     found = node.attributes.get(name)
     return int(found.value) if found is not None else default
+
+
+def _constants(node: ir.Node, place: int) -> list[int] | None:
+    """The whole numbers of a constant input."""
+    value = node.inputs[place] if len(node.inputs) > place else None
+    if value is None or value.const_value is None:
+        return None
+    return [int(x) for x in np.atleast_1d(value.const_value.numpy())]
