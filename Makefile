@@ -42,6 +42,10 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 bench-export: $(STAMP)  ## Measure memory and time of an export at 0.1, 1 and 8 billion parameters (needs 20 GB of disk)
 	$(BIN)/python benchmarks/export.py --output docs/export_cost.md
 
+.PHONY: bench-finetune
+bench-finetune: $(STAMP)  ## Measure step time and memory of fine-tuning against PEFT and the HF Trainer (about 15 minutes, alone)
+	$(BIN)/python benchmarks/finetune.py --output docs/finetuning_performance.md
+
 .PHONY: model-coverage
 model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (about 10 minutes), write docs/models.md
 	$(BIN)/python benchmarks/model_coverage.py --output docs/models.md
@@ -49,6 +53,10 @@ model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (abou
 .PHONY: kill-test
 kill-test: $(STAMP)  ## Kill exports and compiles 30 times at random moments and check that nothing is left half-done
 	$(BIN)/python benchmarks/kill_test.py examples/demo_model/model
+
+.PHONY: resume-test
+resume-test: $(STAMP)  ## Kill a fine-tuning run at 10 random moments and check that resuming gives the same bits
+	$(BIN)/python benchmarks/resume_test.py
 
 .PHONY: clean
 clean:  ## Remove the environment and caches of tools

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from QEfficient.errors import OptionError
-from QEfficient.exporter.adapters import base_name, scaling_vector
+from QEfficient.exporter.adapters import base_name, lora_modules, scaling_vector
 from QEfficient.exporter.program import model_facts
 from QEfficient.exporter.quiet import quiet
 from QEfficient.exporter.training.program import choose_trained
@@ -104,16 +104,29 @@ def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> Any:
     start = getattr(peft_config, "init_lora_weights", True)
     if start not in (True, False, "gaussian"):
         raise OptionError(f"init_lora_weights={start!r} needs the base weights in memory: use True or 'gaussian'.")
+    wanted = peft_config.target_modules
+    names = wanted if isinstance(wanted, str) else sorted(wanted or ())
     try:
         with quiet():
-            return get_peft_model(ghost, copy.deepcopy(peft_config), adapter_name=adapter_name)
+            model = get_peft_model(ghost, copy.deepcopy(peft_config), adapter_name=adapter_name)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        leaves = sorted({n.rpartition(".")[2] for n, m in ghost.named_modules() if isinstance(m, nn.Linear)})
-        wanted = peft_config.target_modules
-        first = wanted if isinstance(wanted, str) else sorted(wanted)[0]
-        raise OptionError(
-            f"LoRA target_modules {wanted!r} match nothing in {type(ghost).__name__}, whose linear layers are "
-            f"{leaves}.{did_you_mean(first, leaves)}"
-        ) from None
+        raise _no_such_modules(ghost, names) from None
+    found = [name for name, _ in lora_modules(model)]
+    # PEFT is content when one of several names matches.
+    lost = (
+        [] if isinstance(names, str) else [n for n in names if not any(f".{name}".endswith(f".{n}") for name in found)]
+    )
+    if lost:
+        raise _no_such_modules(ghost, lost)
+    return model
+
+
+def _no_such_modules(model: nn.Module, names: str | list[str]) -> OptionError:
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    return OptionError(
+        f"LoRA target_modules {names!r} match nothing in {type(model).__name__}, whose linear layers are {leaves}."
+        f"{did_you_mean(names if isinstance(names, str) else names[0], leaves)}"
+    )

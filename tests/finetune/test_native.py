@@ -70,7 +70,12 @@ def kit(model: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trains_without_torch_as_torch_does(kit: Path, tmp_path: Path) -> None:
     batches = _batches()
-    arrays = {f"{k}{i}{half}": a for i, pair in enumerate(batches) for half, b in zip("ab", pair) for k, a in b.items()}
+    arrays = {
+        f"{k}{i}{half}": a
+        for i, pair in enumerate(batches)
+        for half, b in zip("ab", pair, strict=True)
+        for k, a in b.items()
+    }
     np.savez(tmp_path / "data.npz", **arrays)
     command = [sys.executable, "-c", _BLOCKED, str(kit), str(tmp_path / "data.npz"), str(tmp_path / "tuned")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

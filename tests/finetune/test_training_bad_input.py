@@ -17,7 +17,7 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from step_models import base_model, compiled, step_gradients, token_batch, with_lora
-from tiny_models import tiny_causal_lm, tiny_config, tiny_encoder
+from tiny_models import tiny_causal_lm, tiny_encoder
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from QEfficient.errors import (
@@ -113,7 +113,7 @@ def test_a_context_longer_than_the_model(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 def test_no_data_and_no_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    refused(tiny_checkpoint, tmp_path / "out", "", InputError, data=[])
+    refused(tiny_checkpoint, tmp_path / "out", "row", InputError, data=[])
     refused(tmp_path / "missing", tmp_path / "out", "missing", ModelLoadError)
 
 
@@ -124,6 +124,7 @@ def test_no_data_and_no_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ("targets", "words"),
     [
         (["q_prj"], r"target_modules \['q_prj'\] match nothing in LlamaForCausalLM.*'q_proj'.* Did you mean 'q_proj'"),
+        (["v_proj", "gate"], r"target_modules \['gate'\] match nothing .* Did you mean 'gate_proj'"),
         ("no_such_suffix$", "match nothing in LlamaForCausalLM"),
     ],
 )
@@ -377,7 +378,3 @@ def test_prompts_that_leave_no_room(tiny_checkpoint: Path) -> None:
         qe.generate("")
     with pytest.raises(InputError, match="max_length=3 leaves no room"):
         qe.generate("a b c d e f", max_length=3)
-
-
-def test_tiny_llama_has_what_these_tests_assume() -> None:
-    assert tiny_config("llama").max_position_embeddings == 128
