@@ -56,7 +56,7 @@ kill-test: $(STAMP)  ## Kill exports and compiles 30 times at random moments and
 
 .PHONY: resume-test
 resume-test: $(STAMP)  ## Kill a fine-tuning run at 10 random moments and check that resuming gives the same bits
-	$(BIN)/python benchmarks/resume_test.py
+	$(BIN)/python benchmarks/resume_test.py examples/demo_model/model sample --steps 12 --max-ctx-len 128
 
 .PHONY: clean
 clean:  ## Remove the environment and caches of tools

@@ -105,28 +105,26 @@ def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> Any:
     if start not in (True, False, "gaussian"):
         raise OptionError(f"init_lora_weights={start!r} needs the base weights in memory: use True or 'gaussian'.")
     wanted = peft_config.target_modules
-    names = wanted if isinstance(wanted, str) else sorted(wanted or ())
+    asked = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    leaves = sorted({name.rpartition(".")[2] for name, module in ghost.named_modules() if _is_linear(module)})
+    lost = asked
     try:
         with quiet():
             model = get_peft_model(ghost, copy.deepcopy(peft_config), adapter_name=adapter_name)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        raise _no_such_modules(ghost, names) from None
-    found = [name for name, _ in lora_modules(model)]
-    # PEFT is content when one of several names matches.
-    lost = (
-        [] if isinstance(names, str) else [n for n in names if not any(f".{name}".endswith(f".{n}") for name in found)]
-    )
+    else:
+        found = [f".{name}" for name, _ in lora_modules(model)]
+        # PEFT is content when one of several names matches; a single text is a pattern.
+        lost = [a for a in asked if not isinstance(wanted, str) and not any(n.endswith(f".{a}") for n in found)]
     if lost:
-        raise _no_such_modules(ghost, lost)
+        raise OptionError(
+            f"LoRA target_modules {lost} match nothing in {type(ghost).__name__}, whose linear layers are {leaves}."
+            f"{did_you_mean(lost[0], leaves)}"
+        )
     return model
 
 
-def _no_such_modules(model: nn.Module, names: str | list[str]) -> OptionError:
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    return OptionError(
-        f"LoRA target_modules {names!r} match nothing in {type(model).__name__}, whose linear layers are {leaves}."
-        f"{did_you_mean(names if isinstance(names, str) else names[0], leaves)}"
-    )
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
