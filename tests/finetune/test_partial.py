@@ -75,8 +75,11 @@ def test_it_runs_compiled_and_keeps_the_generation_settings(tmp_path):
     qe, tuned = run(base, out, ("model.layers.1.*",))
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     prompt = qe.data_manager.prompt_ids("one is")
+    end = qe.data_manager.tokenizer.eos_token_id  # answers were trained to end with it
     with torch.no_grad():
-        expected = tuned.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        expected = tuned.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0
+        )
     text = qe.data_manager.tokenizer.decode(expected[0, len(prompt) :], skip_special_tokens=True)
     assert qe.generate("one is", max_new_tokens=8) == text
 

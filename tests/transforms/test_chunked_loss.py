@@ -1,6 +1,7 @@
 """ChunkedLoss: the same loss and gradients, and no matrix of all rows and the vocabulary."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from tiny_models import VOCAB_SIZE
@@ -63,9 +64,10 @@ def test_with_the_other_levers(captured, order, tmp_path):
         transform.apply(model, tmp_path)
     inputs = feeds(plain)
     assert worst(run(model, inputs, basic=True), run(plain, inputs, basic=True)) < 3e-6
-    # All chunks share one float copy of the head's weight.
-    readers = model.graph.initializers["lm_head.weight.quantized"].consumers()
-    assert [node.op_type for node in readers] == ["DequantizeLinear"]
+    # All chunks share one float copy of the head's weight, also after ONNX Runtime has had its way.
+    run(model, inputs, tmp_path / "run.onnx", basic=True)
+    nodes = onnx.load(tmp_path / "run.onnx").graph.node
+    assert sum("lm_head.weight.quantized" in node.input for node in nodes) == 1
 
 
 def test_memory_falls_with_a_wide_vocabulary(captured, tmp_path):

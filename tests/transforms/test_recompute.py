@@ -24,8 +24,8 @@ def test_gradients_of_every_family(captured, family, tmp_path):
     assert facts["recomputed_layers"] == facts["layers"] == 2
     for batch, seq, rows in ((3, 17, 20), (1, 9, 1)):
         inputs = feeds(plain, batch, seq, rows)
-        wanted = run(plain, inputs)
-        assert worst(run(model, inputs, tmp_path / "run.onnx"), wanted) < 3e-6
+        wanted = run(plain, inputs, basic=True)
+        assert worst(run(model, inputs, tmp_path / "run.onnx", basic=True), wanted) < 1e-6
     kept = [node for node in onnx.load(tmp_path / "run.onnx").graph.node if "/again" in node.name]
     assert len(kept) > 0.9 * facts["copied_nodes"], "ONNX Runtime merged copies with their originals"
 

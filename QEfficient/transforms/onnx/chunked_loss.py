@@ -67,7 +67,7 @@ class ChunkedLoss(OnnxTransform):
         facts = {"chunks": self.chunks, "removed_passes": removed, "copied_nodes": 0}
         if self.chunks > 1:
             region = _Region.find(graph, sources)
-            _share_dequantized(region)
+            _share_dequantized(graph, region)
             facts["copied_nodes"] = _unroll(graph, region, sources, self.chunks)
             passes.RemoveUnusedNodesPass()(model)
             graph.sort()
@@ -245,15 +245,23 @@ def _needed(value: ir.Value, inside: set[ir.Node]) -> Iterator[ir.Node]:
             todo += values_read(node)
 
 
-def _share_dequantized(region: _Region) -> None:
-    """All chunks read the head's weight: one float copy of it serves forward and backward."""
-    first: dict[tuple[int, ...], ir.Value] = {}
+def _share_dequantized(graph: ir.Graph, region: _Region) -> None:
+    """All chunks read the head's weight: one float copy of it serves forward and backward.
+
+    They read it through a view, because ONNX Runtime copies a DequantizeLinear for each of its readers.
+    """
+    make = Maker(graph, "head_weight")
+    views: dict[tuple[int, ...], ir.Value] = {}
     for node in region.nodes:
         for place, value in enumerate(node.inputs):
             maker = value.producer() if value is not None else None
-            if value is not None and maker is not None and maker.op_type == "DequantizeLinear":
-                key = tuple(id(v) for v in maker.inputs)
-                node.replace_input_with(place, first.setdefault(key, value))
+            if value is None or maker is None or maker.op_type != "DequantizeLinear" or value.shape is None:
+                continue
+            key = tuple(id(v) for v in maker.inputs)
+            if key not in views:
+                views[key] = make.op("Reshape", value, make.constant(list(value.shape.numpy())), like=value)
+                graph.insert_after(maker, make.take())
+            node.replace_input_with(place, views[key])
 
 
 def _axes(node: ir.Node, sizes: Sizes) -> list[int] | None:
