@@ -140,3 +140,10 @@ def relative(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) ->
     assert got.keys() == wanted.keys()
     norm = np.linalg.norm
     return max(float(norm(got[n] - wanted[n]) / max(norm(wanted[n]), 1e-6)) for n in wanted)
+
+
+def apart(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    """The same over all tensors as one vector: the relative error of the whole gradient."""
+    assert got.keys() == wanted.keys()
+    both = [np.concatenate([tensors[name].ravel() for name in wanted]) for tensors in (got, wanted)]
+    return float(np.linalg.norm(both[0] - both[1]) / np.linalg.norm(both[1]))
