@@ -142,7 +142,7 @@ class QEfficient:
         if earlier and not asked:
             tell(f"continuing from {earlier[-1]} (overwrite_output_dir=True starts anew).")
         self.trainer.train(resume_from_checkpoint=asked or bool(earlier))
-        if held is not None:
+        if held is not None and not self._just_evaluated(chosen):
             self.trainer.evaluate()
         self._save_final(output)
         tell(f"saved to {output}")
@@ -238,6 +238,14 @@ class QEfficient:
                 self.config, manager.tokenizer, self.custom_dataset_class, self.args, cache_home_dir=self.cache_home_dir
             )
         return self.data_manager
+
+    def _just_evaluated(self, args: QEffTrainingArgs) -> bool:
+        """Whether the weights as they are now were evaluated by the last step already."""
+        assert self.trainer is not None
+        state = self.trainer.state
+        if args.load_best_model_at_end:  # the weights are an earlier step's
+            return False
+        return any("eval_loss" in row and row.get("step") == state.global_step for row in state.log_history)
 
     def _prepare_output(self, output: Path, args: QEffTrainingArgs) -> None:
         if output.exists() and not output.is_dir():
