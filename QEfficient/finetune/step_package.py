@@ -84,7 +84,7 @@ class StepOptions:
             bits = {"int8": 8, "int4": 4}[self.base_weights]
             chosen.append(f"QuantizeBase:bits={bits},block_size={self.block_size}")
         if vocabulary is not None:  # one chunk, too, rids the head of needless passes
-            chosen.append(f"ChunkedLoss:chunks={self.loss_chunks or (4 if vocabulary >= 8192 else 1)}")
+            chosen.append(f"ChunkedLoss:chunks={self.loss_chunks or (8 if vocabulary >= 8192 else 1)}")
         if self.recompute != "none":
             chosen.append(f"Recompute:keep={'products' if self.recompute == 'products' else 'nothing'}")
         chosen.extend(get_target(self.target).transforms(TASK))

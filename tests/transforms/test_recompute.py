@@ -7,6 +7,7 @@ import pytest
 from training_steps import FAMILIES, feeds, memory, mlp_step, run, worst
 
 from QEfficient.errors import TransformError
+from QEfficient.transforms.onnx.graph import ancestors
 from QEfficient.transforms.onnx.queue import resolve
 from QEfficient.transforms.onnx.recompute import Recompute
 
@@ -28,6 +29,27 @@ def test_gradients_of_every_family(captured, family, tmp_path):
         assert worst(run(model, inputs, tmp_path / "run.onnx", basic=True), wanted) < 1e-6
     kept = [node for node in onnx.load(tmp_path / "run.onnx").graph.node if "/again" in node.name]
     assert len(kept) > 0.9 * facts["copied_nodes"], "ONNX Runtime merged copies with their originals"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_stay_but_attention_scores_do_not(captured, family, tmp_path):
+    plain, model = captured(family), captured(family)
+    Recompute(keep="products").apply(model, tmp_path)
+    forward = set(ancestors(v for v in model.graph.outputs if not str(v.name).startswith("grad/")))
+    handed = {
+        v
+        for node in set(model.graph) - forward
+        for v in node.inputs
+        if v is not None and v.producer() in forward and not node.op_type == "Shape"
+    }
+    dims = {str(v.name): [str(d) for d in v.shape] for v in handed if v.shape is not None}
+    assert any(sum("seq_len" in d for d in shape) == 1 for shape in dims.values()), "no product is kept"
+    # Masks [batch, 1, seq, seq] are the same for all layers.
+    assert not [n for n, shape in dims.items() if sum("seq_len" in d for d in shape) > 1 and shape[1:2] != ["1"]]
+    again = [node for node in model.graph if "/again" in str(node.name) and node.op_type in ("MatMul", "Gemm")]
+    assert not [n.name for n in again if any(v.is_initializer() for v in n.inputs)], "a weight's product, computed twice"
+    inputs = feeds(plain, 3, 17, 20)
+    assert worst(run(model, inputs, basic=True), run(plain, inputs, basic=True)) < 1e-6
 
 
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])

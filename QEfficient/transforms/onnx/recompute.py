@@ -45,8 +45,9 @@ class Recompute(OnnxTransform):
     (``Manifest.runtime``: ``order`` "priority", ``optimization`` "basic", ``memory_pattern`` False).
 
     Parameters:
-        keep: ``nothing`` of a layer but its input; or ``products``: results of matrix products, softmax and other
-            costly operators stay in memory, and only what follows from them by cheap operators is computed again.
+        keep: ``nothing`` of a layer but its input; or ``products``: results of matrix products and other costly
+            operators stay in memory unless they grow with the square of a dimension, as attention scores do; those,
+            and what follows from products by cheap operators, are computed again.
     """
 
     name: ClassVar[str] = "Recompute"
@@ -139,8 +140,10 @@ class _Plan:
             )
             if sizes or derived:
                 self.plain |= set(node.outputs)
-            if 0 <= number < layers and not graphs_in(node) and node.op_type not in costly:
+            if 0 <= number < layers and not graphs_in(node):
                 for value in node.outputs:
+                    if node.op_type in costly and not _quadratic(value):
+                        continue
                     users = {segments.get(user, number) for user in value.consumers()}
                     if users <= {number} and value not in self.plain and not value.is_graph_output():
                         self.inner[value] = number
@@ -154,6 +157,16 @@ class _Plan:
             if node not in segments:
                 for number in {self.inner[v] for v in node.inputs if v in self.inner}:
                     self.readers[number].append(node)
+
+
+def _quadratic(value: ir.Value) -> bool:
+    """Whether a value grows fourfold when one symbol doubles: queries times keys, and nothing else in a layer."""
+    if value.shape is None:
+        return False
+    symbols = sorted(value.shape.free_symbols())
+    sizes = dict.fromkeys(symbols, _NOMINAL)
+    once = Sizes(sizes).elements(value)
+    return any(Sizes({**sizes, name: 2 * _NOMINAL}).elements(value) > 3 * once for name in symbols)
 
 
 def _fixed(value: ir.Value) -> bool:
