@@ -43,8 +43,8 @@ bench-export: $(STAMP)  ## Measure memory and time of an export at 0.1, 1 and 8 
 	$(BIN)/python benchmarks/export.py --output docs/export_cost.md
 
 .PHONY: bench-finetune
-bench-finetune: $(STAMP)  ## Measure step time and memory of fine-tuning against PEFT and the HF Trainer (about 15 minutes, alone)
-	$(BIN)/python benchmarks/finetune.py --output docs/finetuning_performance.md
+bench-finetune: $(STAMP)  ## Measure step time and memory of fine-tuning against PEFT and the HF Trainer (about 20 minutes, alone)
+	$(BIN)/python benchmarks/finetune.py --with-compile --output docs/finetuning_performance.md
 
 .PHONY: model-coverage
 model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (about 10 minutes), write docs/models.md

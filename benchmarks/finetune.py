@@ -3,7 +3,9 @@
 Every contender is a process of its own that loads the same checkpoint, adds the same LoRA adapter and sees the same
 batches in the same order. Processes take turns: each runs a few optimizer steps while the others wait, round after
 round, so that a slow minute of the machine hits all of them. Peak memory is the kernel's high-water mark of each
-process. Compiled steps are built beforehand, in processes of their own whose time and memory the page states. Weights are random, in the shape of SmolLM2-135M, which matters for neither figure. Run alone on the machine.
+process. Compiled steps are built beforehand, in processes of their own, whose time and memory the page states when
+nothing was cached. Weights are random, in the shape of SmolLM2-135M, which matters for neither figure. Run alone on the
+machine.
 
     python benchmarks/finetune.py --output docs/finetuning_performance.md
 """
@@ -285,6 +287,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, work: Path) -> str:
     work.mkdir(parents=True, exist_ok=True)
+    cold = not (work / "home").exists()
     model = work / "model"
     if not model.exists():
         write_model(model)
@@ -317,7 +320,7 @@ def measure(options: argparse.Namespace, work: Path) -> str:
         ))  # fmt: skip
     for contender in running:
         contender.close()
-    return table(options, running, failed, speed)
+    return table(options, running, failed, speed, cold)
 
 
 def write_model(place: Path) -> None:
@@ -328,15 +331,19 @@ def write_model(place: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=0, eos_token_id=0)).save_pretrained(place)
 
 
-def table(options: argparse.Namespace, running: list[Contender], failed: dict[str, str], speed: float) -> str:
+def table(
+    options: argparse.Namespace, running: list[Contender], failed: dict[str, str], speed: float, cold: bool
+) -> str:
     data = batches(options.rounds * options.steps + 2, options.rows)[2:]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in data) / len(data)
     trained = sum(int((batch["labels"] != -100).sum()) for batch in data) / len(data)
     base = running[0]
+    asked = f"--rounds {options.rounds} --steps {options.steps} --rows {options.rows} --threads {options.threads}"
+    asked += " --with-compile" * options.with_compile + (f" --only {' '.join(options.only)}" if options.only else "")
     lines = [
         "# Fine-tuning: step time and memory",
         "",
-        f"`{' '.join(['python', *sys.argv])}` wrote this page.",
+        f"`python benchmarks/finetune.py {asked}` wrote this page.",
         "",
         f"Machine: {cpu()}, {options.threads} threads, memory read at {speed:.1f} GB/s (one core, numpy).",
         f"Model: shape of SmolLM2-135M, random weights, fp32; LoRA rank {LORA['r']} on all linear layers; batches of "
@@ -365,7 +372,7 @@ def table(options: argparse.Namespace, running: list[Contender], failed: dict[st
         "",
     ]
     made = [c.built for c in running if c.built]
-    if made:
+    if made and cold:
         first, rest = made[0], made[1:] or made
         lines += [
             f"Building, once per model and options, before any of this: {first['seconds']:.0f} s and at most "
