@@ -130,7 +130,8 @@ def _train_line(logs: dict[str, Any], state: TrainerState, remaining: str) -> st
 
 
 def _eval_line(logs: dict[str, Any], state: TrainerState) -> str:
-    parts = [f"evaluation at step {state.global_step}: loss {logs['eval_loss']:.4f}"]
+    when = f"at step {state.global_step}" if state.global_step else "before training"
+    parts = [f"evaluation {when}: loss {logs['eval_loss']:.4f}"]
     if "eval_perplexity" in logs:
         parts.append(f"perplexity {logs['eval_perplexity']:.3f}")
     if "eval_accuracy" in logs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,9 +127,12 @@ class QEfficient:
             return None, manager.tokenizer
         with bar(f"preparing {self.config.model_id}") as report:
             step = manager.prepare_for_training(report)
+        training = copy.copy(chosen)
+        # A run shows what it gained; one that continues has shown it.
+        training.eval_on_start = held is not None and not (asked or earlier)
         self.trainer = QEffTrainer(
             step,
-            chosen,
+            training,
             data,
             train,
             held,

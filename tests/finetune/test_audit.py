@@ -47,6 +47,9 @@ def test_the_row_is_shown_with_its_spans(tmp_path):
     styled = capture.get()
     assert "\x1b[1;32m4</s>" in styled
     assert "\x1b[2m2+2=" in styled
+    with (plain := Console(width=200, color_system=None)).capture() as capture:
+        plain.print(audit)
+    assert "2+2=[[4</s>]]" in capture.get()
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(template=CHATML), spaced_tokenizer()])

@@ -17,6 +17,7 @@ from QEfficient.finetune.data.token_rows import IGNORE, TokenRows
 from QEfficient.finetune.settings_file import write_text
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
@@ -129,8 +130,11 @@ class LabelAudit:
             text.append(f"\nnote: {note}", "yellow")
         return text
 
-    def __rich__(self) -> Text:
-        return self.to_rich()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Colours where there are any, brackets in a file or a pipe."""
+        from rich.text import Text
+
+        yield self.to_rich() if console.color_system else Text(self.to_text())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values: the content of ``data_report.json``."""
