@@ -27,7 +27,8 @@ def finetune(
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", "--output-dir", metavar="DIR", help="Where everything is written.")
+        str | None,
+        typer.Option("--output", "-o", "--output-dir", metavar="DIR", help="Where everything is written (./output)."),
     ] = None,
     config: Annotated[
         Path | None,
@@ -137,13 +138,14 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML, so that numbers and lists are what they look like."""
+    """``name=value`` pairs; values are YAML of the option's type, so that numbers and lists are what they look like."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise OptionError(f"--set takes NAME=VALUE, got {pair!r}.")
-        from QEfficient.finetune.settings_file import parse_value
+        from QEfficient.finetune.options import read_value
 
-        found[name.replace("-", "_")] = parse_value(text)
+        name = name.replace("-", "_")
+        found[name] = read_value(name, text)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,30 @@ class AdapterFile:
                 out[key(module, "lora_B")][:, : tensors.rank] = _read(tensors.b, module)
                 out[SCALING][i] = tensors.scaling
         return out
+
+
+def warn_of_another_base(adapter: AdapterFile, base: str | None, stacklevel: int = 3) -> None:
+    """Warns when an adapter says it was trained on a model other than ``base``; without both names nothing is known."""
+    if base and adapter.base_model and not same_model(adapter.base_model, base):
+        warnings.warn(
+            f"the adapter in {adapter.directory} was trained on {adapter.base_model} and is used on {base}: unless "
+            "both have the same weights, what it computes is meaningless.",
+            stacklevel=stacklevel,
+        )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names or paths may be of one model: the same place, or the same last part (a hub id and its copy)."""
+    return (
+        _model_name(one) == _model_name(other) or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    )
+
+
+def _model_name(name: str) -> str:
+    path = Path(name)
+    # The hub's cache: models--org--name/snapshots/<commit>.
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    return path.name if cached is None else cached.rpartition("--")[2]
 
 
 def key(module: str, part: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from QEfficient.engine.adapter_file import empty, read_adapter
+from QEfficient.engine.adapter_file import AdapterFile, empty, read_adapter, warn_of_another_base
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.base import Session
@@ -54,19 +54,28 @@ class AdapterBank:
         return self._base if self.active is None else self._values[self.active]
 
     @property
+    def base_model(self) -> str | None:
+        """The name of what was compiled; None for a model in memory that had none."""
+        model = self._session.manifest.model
+        name = model.get("name")
+        return str(name) if name and name != model.get("architecture") else None
+
+    @property
     def names(self) -> list[str]:
         return list(self._values)
 
-    def load(self, directory: str | Path, name: str) -> None:
-        """Reads an adapter; an adapter of the same name is replaced, and stays active if it was."""
+    def load(self, directory: str | Path, name: str) -> AdapterFile:
+        """Reads an adapter and returns it; one of the same name is replaced, and stays active if it was."""
         check_name(name)
         if not self._base:
             raise OptionError(
                 "this package was compiled without adapters: compile it with QEFFAutoPeftModelForCausalLM to load some."
             )
-        self._values[name] = read_adapter(directory).arrays(self._parameters)
+        adapter = read_adapter(directory)
+        self._values[name] = adapter.arrays(self._parameters)
         if name == self.active:
             self.activate(name)
+        return adapter
 
     def activate(self, name: str | None) -> None:
         """The next step computes with this adapter; None is the base model."""
@@ -119,7 +128,8 @@ class Adaptable:
     def load_adapter(self, directory: str | Path, adapter_name: str) -> None:
         """Loads a PEFT LoRA adapter (``adapter_config.json``, ``adapter_model.safetensors``) under a name.
 
-        It is not made active; loading a name again replaces it.
+        It is not made active; loading a name again replaces it. One that names another base model is loaded with a
+        warning.
 
         Raises:
             ModelLoadError: missing, malformed or pickled files. UnsupportedModelError: not plain LoRA on linear layers.
@@ -155,9 +165,12 @@ class AdaptedPackage(Adaptable):
     """The adapter methods over a session."""
 
     _bank: AdapterBank
+    directory: Path
 
     def load_adapter(self, directory: str | Path, adapter_name: str) -> None:
-        self._bank.load(directory, adapter_name)
+        adapter = self._bank.load(directory, adapter_name)
+        if adapter.directory.parent != self.directory / ADAPTERS_DIR:  # the package's own were chosen with its base
+            warn_of_another_base(adapter, self._bank.base_model)
 
     def set_adapter(self, adapter_name: str | None) -> None:
         self._bank.activate(adapter_name)

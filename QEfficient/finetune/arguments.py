@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,19 @@ from typing import Any
 from transformers import TrainingArguments
 
 from QEfficient.errors import OptionError
-from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
+from QEfficient.finetune.keywords import (
+    boolean,
+    canonical,
+    choice,
+    fill,
+    integer,
+    is_number,
+    mapping,
+    number,
+    plain_types,
+    short,
+    text,
+)
 from QEfficient.finetune.settings_file import read_settings, write_settings
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.registry import ALIASES as TARGET_ALIASES
@@ -36,8 +49,6 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
-    "recompute": "activation_checkpointing",
-    "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "sampling_strategy": "train_sampling_strategy",
     "max_length": "max_ctx_len",
@@ -45,7 +56,17 @@ ALIASES = {
     "validate_first_step": "validate",
 }
 
-_RENAMED = ("warmup_ratio", "group_by_length")
+#: Names of older transformers versions whose values change along with the name.
+RENAMED = ("warmup_ratio", "group_by_length")
+
+#: What `QEffTrainer.evaluate` measures; accuracy is of classifiers, perplexity of the others.
+METRICS = ("loss", "perplexity", "accuracy")
+
+#: Integer options -> their least value, where that is not 1.
+_LEAST = {"max_ctx_len": 2, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0, "local_rank": -1, "max_steps": -1}
+
+#: Where a service of ``report_to`` is in a package of another name.
+_REPORT_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 _NOT_IN_A_COMPILED_STEP = "it changes a torch forward pass, which a compiled step does not run"
 
@@ -61,6 +82,7 @@ _REFUSED = {
     "neftune_noise_alpha": _NOT_IN_A_COMPILED_STEP,
     "use_liger_kernel": _NOT_IN_A_COMPILED_STEP,
     "label_smoothing_factor": "the step returns the log-probability of the labels only",
+    "push_to_hub": "training runs offline, and `hf upload REPOSITORY OUTPUT_DIR` publishes what it wrote",
 }
 
 #: Reduced precision that the host's runtime has no backward kernels for.
@@ -87,6 +109,8 @@ class QEffTrainingArgs(TrainingArguments):
         qpc_path: where the train and eval packages go; None means ``<output_dir>/qpc``.
         num_cores, device_ids: passed to the target; None means its default.
         qeff_fp16, mxfp6_matmul: precision asked of the target; None means its default.
+        recompute: compute layers again before their backward pass, to save memory; ``activation_checkpointing`` and
+            ``gradient_checkpointing`` switch it on too.
         base_weights: how frozen weights are stored: ``"fp32"``, ``"int8"`` or ``"int4"``.
         max_ctx_len: as in ``QEffConfig``; give it in one place.
         plot: write a picture of the loss.
@@ -114,6 +138,7 @@ class QEffTrainingArgs(TrainingArguments):
     device_ids: list[int] | None = None
     qeff_fp16: bool | None = None
     mxfp6_matmul: bool | None = None
+    recompute: bool = False
     base_weights: str = "fp32"
     max_ctx_len: int | None = None
     plot: bool = True
@@ -123,43 +148,103 @@ class QEffTrainingArgs(TrainingArguments):
     def __init__(self, output_dir: str | os.PathLike[str] | None = None, **options: Any) -> None:
         given = dict(options)
         if output_dir is not None:
-            given["output_dir"] = os.fspath(output_dir)
+            given["output_dir"] = os.fspath(output_dir) if isinstance(output_dir, os.PathLike) else output_dir
         values = _translate(given)
         if "per_device_train_batch_size" in values and "batch_size" in given:
             values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
-        if "logging_steps" not in values and 0 < values.get("max_steps", -1) <= 100:
+        limit = values.get("max_steps", -1)
+        if "logging_steps" not in values and is_number(limit) and 0 < limit <= 100:
             values["logging_steps"] = 1
         fill(self, values)
         self._check()
         _in_one_sentence(self.__post_init__)
+        self._check_schedule()
+        self._check_reports()
 
     def _check(self) -> None:
-        for name in self.__class__.__annotations__:
-            default = getattr(QEffTrainingArgs, name)
-            if isinstance(default, bool):
-                boolean(name, getattr(self, name))
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            setattr(self, name, integer(name, getattr(self, name)))
-        for name in ("num_cores", "max_ctx_len"):
-            if getattr(self, name) is not None:
-                setattr(self, name, integer(name, getattr(self, name), minimum=2 if name == "max_ctx_len" else 1))
-        for name in ("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            value = getattr(self, name)
-            if not (is_number(value) and value >= 0):
-                raise OptionError(f"{name} must be a number of at least 0, got {short(value)}.")
-        if not is_number(self.max_steps) or int(self.max_steps) != self.max_steps:
-            raise OptionError(f"max_steps must be an integer (-1 for no limit), got {short(self.max_steps)}.")
+        self._check_numbers()
         for name in ("adapter_name", "output_dir"):
             text(name, getattr(self, name))
         for name in ("qpc_path", "logging_dir"):
-            if getattr(self, name) is not None:
-                setattr(self, name, text(name, os.fspath(getattr(self, name))))
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, text(name, os.fspath(value) if isinstance(value, os.PathLike) else value))
+        if self.metric_for_best_model is not None:
+            choice("metric_for_best_model", self.metric_for_best_model, [*METRICS, *(f"eval_{m}" for m in METRICS)])
+            if self.greater_is_better is None:
+                # transformers goes by the name: to it, everything but a loss is better when greater.
+                self.greater_is_better = self.metric_for_best_model.endswith("accuracy")
         choice("base_weights", self.base_weights, BASE_WEIGHTS)
         choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING)
         self._check_target()
         for name, reason in _REFUSED.items():
             if getattr(self, name) not in (None, False, 0, "", [], {}):
                 raise OptionError(f"{name} is not supported, because {reason}: leave it out.")
+
+    def _check_numbers(self) -> None:
+        if type(self.max_steps) is not int or self.max_steps == 0 or self.max_steps < -1:
+            raise OptionError(
+                f"max_steps must be an integer of at least 1, or -1 for no limit, got {short(self.max_steps)}."
+            )
+        for name, (kind, may_be_none) in plain_types(type(self)).items():
+            value = getattr(self, name)
+            if value is None and may_be_none:
+                continue
+            if kind is bool:
+                boolean(name, value)
+            elif kind is int:
+                integer(name, value, minimum=_LEAST.get(name, 1))
+            elif kind is float:
+                number(name, value)
+        for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and value > 1 and value != int(value):
+                raise OptionError(f"{name} must be a whole number, or a share of the run below 1, got {value}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise OptionError(f"{name} must be below 1, got {getattr(self, name)}.")
+        if self.adam_epsilon == 0:
+            raise OptionError("adam_epsilon must be above 0, for a gradient of zero would be divided by it.")
+
+    def _check_schedule(self) -> None:
+        """Makes the schedule once, on an optimizer of nothing: only that tells whether its keywords fit."""
+        import torch
+        from transformers import get_scheduler
+
+        options = None if self.lr_scheduler_kwargs is None else mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        steps = self.max_steps if self.max_steps > 0 else 1000
+        kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                get_scheduler(kind, nothing, self.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise OptionError(
+                f"lr_scheduler_type={kind!r} does not work with lr_scheduler_kwargs={short(options)} ({reason}): "
+                "change one of them."
+            ) from None
+
+    def _check_reports(self) -> None:
+        from transformers.integrations import integration_utils as known
+
+        if not self.report_to:
+            return
+        installed = {*known.get_available_reporting_integrations()}
+        # transformers lists these two only in some cases, and takes them in all.
+        installed |= {"azure_ml"} if known.is_azureml_available() else set()
+        installed |= {"flyte"} if known.is_flytekit_available() else set()
+        for name in self.report_to:
+            choice("report_to", name, ["none", "all", *known.INTEGRATION_TO_CALLBACK])
+            if name not in installed:
+                if name == "kubeflow":
+                    raise OptionError("report_to='kubeflow' works inside a Kubeflow TrainJob only: leave it out.")
+                package = _REPORT_PACKAGES.get(name, name)
+                raise OptionError(
+                    f"report_to={name!r} needs a package that is not installed: pip install {package}, or leave it out "
+                    "(metrics.jsonl is written in any case)."
+                )
 
     def _check_target(self) -> None:
         self.target = TARGET_ALIASES.get(text("target", self.target), self.target)
@@ -193,11 +278,6 @@ class QEffTrainingArgs(TrainingArguments):
                 )
 
     @property
-    def recompute(self) -> bool:
-        """Whether layers are computed again before their backward pass, to save memory."""
-        return bool(self.activation_checkpointing)
-
-    @property
     def packages_dir(self) -> Path:
         """Where the train and eval packages go."""
         return Path(self.qpc_path or Path(str(self.output_dir), "qpc"))
@@ -226,11 +306,21 @@ class QEffTrainingArgs(TrainingArguments):
 def _translate(given: dict[str, Any]) -> dict[str, Any]:
     """``given`` under the names of transformers 5 and ours."""
     names = [f.name for f in dataclasses.fields(QEffTrainingArgs) if f.init]
-    kept = {name: value for name, value in given.items() if name not in _RENAMED}
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        # As in transformers: the old name mirrors the new one in a copy, so the new one decides.
-        if old in kept and (value := kept.pop(old)) is not None and kept.get(ALIASES[old]) is None:
-            kept[ALIASES[old]] = value
+    kept = {name: value for name, value in given.items() if name not in RENAMED}
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        # transformers' Trainer would switch either on in a torch model, so ours has a name of its own. False is
+        # what a copy of the arguments says, whatever recompute is.
+        if (value := kept.pop(name, None)) is not None and boolean(name, value):
+            kept["recompute"] = True
+    # As in transformers: the old name mirrors the new one in a copy, so the new one decides.
+    old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
+    if old in kept and (value := kept.pop(old)) is not None and kept.get(new) is None:
+        kept[new] = value
+    for name in ("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"):
+        if kept.get(name) is False:  # how YAML reads the word no
+            kept[name] = "no"
+    if "report_to" in kept and kept["report_to"] is None:
+        kept["report_to"] = "none"
     if given.get("warmup_ratio") is not None:
         ratio = given["warmup_ratio"]
         if not (is_number(ratio) and 0 <= ratio < 1):
@@ -245,10 +335,6 @@ def _translate(given: dict[str, Any]) -> dict[str, Any]:
         strategy = kept.setdefault("train_sampling_strategy", "group_by_length")
         if strategy != "group_by_length":
             raise OptionError(f"group_by_length contradicts train_sampling_strategy={strategy!r}: give one of them.")
-    known = [*names, *_RENAMED]
-    for name in kept:
-        if name not in names and name not in ALIASES:
-            raise OptionError(f"QEffTrainingArgs has no option {name!r}.{did_you_mean(name, [*known, *ALIASES])}")
     return canonical(kept, names, ALIASES, "QEffTrainingArgs")
 
 
@@ -258,5 +344,5 @@ def _in_one_sentence(check: Callable[[], None]) -> None:
         check()
     except OptionError:
         raise
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise OptionError(" ".join(str(error).split())) from error

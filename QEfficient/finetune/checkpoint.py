@@ -45,9 +45,13 @@ def load_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> di
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_tensors(directory, shapes, expected)
-            return {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise PackageError(f"{path} cannot be read ({error}): resume from an earlier checkpoint.") from None
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise PackageError(f"{name} in {path} holds values that are no numbers: resume from an earlier checkpoint.")
+    return tensors
 
 
 def _check_tensors(
@@ -153,8 +157,10 @@ def check_same_run(directory: Path, identity: Mapping[str, Any], allowed: bool =
         raise PackageError(f"{path} is missing or damaged: resume from an earlier checkpoint.") from None
     for name, value in identity.items():
         if before.get(name) != value and not (allowed and name != "model"):
-            what = "of another model or adapter" if name == "model" else f"of a run with another {name}"
-            shown = "" if name == "model" else f" ({before.get(name)!r}, now {value!r})"
+            what = {"model": "of another model or adapter", "data": "of a run on other data"}.get(
+                name, f"of a run with another {name}"
+            )
+            shown = "" if name in ("model", "data") else f" ({before.get(name)!r}, now {value!r})"
             raise OptionError(f"{directory} is {what}{shown}: use its settings, or a new output_dir.")
 
 

@@ -188,8 +188,15 @@ class QEffConfig:
         """This configuration with the ``max_ctx_len`` of the training arguments, where that is given.
 
         Raises:
-            OptionError: both give a length, and not the same one.
+            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks.
         """
+        metric = str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_")
+        other = {"accuracy": "generation", "perplexity": "seq_classification"}.get(metric)
+        if other == self.task:
+            raise OptionError(
+                f"metric_for_best_model={metric!r} is not measured for task={self.task!r}: use 'loss' or "
+                f"{'perplexity' if metric == 'accuracy' else 'accuracy'!r}."
+            )
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:
             return self

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
@@ -30,13 +31,34 @@ def canonical(given: Mapping[str, Any], names: Iterable[str], aliases: Mapping[s
     for key, value in given.items():
         name = aliases.get(key, key)
         if name not in names:
-            raise OptionError(f"{owner} has no option {key!r}.{did_you_mean(str(key), [*names, *aliases])}")
+            raise unknown(key, owner)
         if name in found and not same(found[name], value):
             raise OptionError(
                 f"{key}={short(value)} contradicts {spelled[name]}={short(found[name])}, which is the same option "
                 f"of {owner}: give one of them."
             )
         found[name], spelled[name] = value, key
+    return found
+
+
+def unknown(key: object, owner: str) -> OptionError:
+    """The error for an option that ``owner`` does not have; says where it belongs, or what has a similar name."""
+    # Only now: options knows the training arguments, which import transformers.
+    from QEfficient.finetune.options import where
+
+    return OptionError(f"{owner} has no option {key!r}.{where(str(key), owner)}")
+
+
+def plain_types(cls: type) -> dict[str, tuple[type, bool]]:
+    """Fields of a dataclass that hold a bool, an int, a float or a text -> that type, and whether None is allowed."""
+    hints = get_type_hints(cls)
+    found: dict[str, tuple[type, bool]] = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        members = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        kinds = members - {NoneType}
+        if field.init and len(kinds) == 1 and kinds <= {bool, int, float, str}:
+            found[field.name] = (kinds.pop(), NoneType in members)
     return found
 
 
@@ -68,10 +90,17 @@ def is_number(value: object) -> bool:
 
 
 def integer(name: str, value: Any, minimum: int = 1) -> int:
-    """``value`` as an int of at least ``minimum``; a float such as 8.0 counts, 8.5 and True do not."""
-    if not is_number(value) or int(value) != value or value < minimum:
+    """``value``, which must be an int of at least ``minimum``; 8.0 and True are not."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise OptionError(f"{name} must be an integer of at least {minimum}, got {short(value)}.")
-    return int(value)
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """``value``, which must be a finite number of at least 0."""
+    if not is_number(value) or value < 0:
+        raise OptionError(f"{name} must be a finite number of at least 0, got {short(value)}.")
+    return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:

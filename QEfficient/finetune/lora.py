@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from QEfficient.errors import OptionError
-from QEfficient.finetune.keywords import boolean, canonical, integer, is_number, mapping, short, text
+from QEfficient.finetune.keywords import boolean, canonical, integer, is_number, mapping, number, short, text
 from QEfficient.finetune.settings_file import read_settings
 
 #: What is trained when nothing is said.
@@ -24,7 +24,8 @@ LORA_ALIASES = {
     "lora_target_modules": "target_modules",
 }
 
-_NAMES = [
+#: peft's keys that can be trained.
+NAMES = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -95,7 +96,7 @@ def read_lora(value: Any) -> dict[str, Any] | None:
             )
         value = to_dict()
     given = _supported(mapping("lora_config", value))
-    return _checked(canonical(given, _NAMES, LORA_ALIASES, "lora_config"))
+    return _checked(canonical(given, NAMES, LORA_ALIASES, "lora_config"))
 
 
 def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,10 +121,10 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if value is not None}
     if "r" in found:
         found["r"] = integer("lora_config['r']", found["r"])
-    for name in ("lora_alpha", "lora_dropout"):
-        if name in found and not (is_number(found[name]) and found[name] >= 0):
-            raise OptionError(f"lora_config[{name!r}] must be a number of at least 0, got {short(found[name])}.")
-    if "lora_dropout" in found and found["lora_dropout"] >= 1:
+    # The adapter is scaled by alpha / r: 0 would train nothing.
+    if "lora_alpha" in found and not (is_number(found["lora_alpha"]) and found["lora_alpha"] > 0):
+        raise OptionError(f"lora_config['lora_alpha'] must be a number above 0, got {short(found['lora_alpha'])}.")
+    if "lora_dropout" in found and number("lora_config['lora_dropout']", found["lora_dropout"]) >= 1:
         raise OptionError(f"lora_config['lora_dropout'] must be below 1, got {found['lora_dropout']}.")
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if name in found:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from QEfficient.errors import InputError, ModelLoadError, OptionError, TrainingError, UnsupportedModelError
+from QEfficient.engine.adapter_file import same_model
+from QEfficient.errors import (
+    ArtifactWriteError,
+    InputError,
+    ModelLoadError,
+    OptionError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from QEfficient.exporter.adapters import adapter_parameters
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.checkpoint import ADAPTER_WEIGHTS, publish, staging
@@ -22,7 +33,7 @@ from QEfficient.models.hub import resolve
 from QEfficient.models.source import TOKENIZER_FILES, CheckpointSource
 from QEfficient.progress import Progress, silent
 from QEfficient.safetensors_io import checkpoint_weights, read_header
-from QEfficient.store.files import remove_tree, write_errors
+from QEfficient.store.files import lacks_room, remove_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +42,13 @@ REPORT_FILE = "merge.json"
 ADAPTER_CONFIG = "adapter_config.json"
 #: Largest difference of a logit, relative to the largest logit, that still is rounding.
 TOLERANCE = 1e-3
+#: Share of the adapter's own effect that rounding may take before it is worth a warning.
+LOST = 0.1
+#: torch's words for a tensor of another shape.
+_MISMATCH = re.compile(
+    r"size mismatch for (?:base_model\.model\.)?(.+?): copying a param with shape torch\.Size\((.+?)\) from "
+    r"checkpoint, the shape in current model is torch\.Size\((.+?)\)"
+)
 PROMPTS = (
     "Once upon a time there was a",
     "The capital of France is",
@@ -108,11 +126,12 @@ def merge_adapter(
         TrainingError: the merged model computes something else; nothing is written.
     """
     target = Path(destination)
-    check_destination(target)
+    _check_target(target)
     if not tolerance > 0:
         raise OptionError(f"tolerance must be a number above 0, got {tolerance!r}.")
     place, settings = _adapter(adapter_dir)
     source = _base(place, settings, base_model, trust_remote_code)
+    trained_on = settings.get("base_model_name_or_path")
     tokenizer, tokenizer_dir = _tokenizer(place, source)
     report("loading the model", 0, 4)
     model = _with_adapter(source, place, settings)
@@ -134,6 +153,11 @@ def merge_adapter(
         str(adapter_dir), source.name, str(target), "float32", difference, difference / max(largest, 1e-30), effect,
         len(inputs), tolerance,
     )  # fmt: skip
+    if base_model is not None and trained_on and not same_model(str(trained_on), str(base_model)):
+        done.notes.append(
+            f"warning: the adapter was trained on {trained_on} and is merged into {base_model}: unless both have the "
+            "same weights, the result is meaningless"
+        )
     _store_smaller(merged, source, inputs, before, largest, done)
     report("writing", 3, 4)
     _write(merged, tokenizer_dir, target, done)
@@ -144,8 +168,13 @@ def merge_adapter(
 
 
 def _adapter(adapter_dir: str | Path) -> tuple[Path, dict[str, Any]]:
-    place = resolve(adapter_dir, marker=ADAPTER_CONFIG)
+    place = resolve(adapter_dir, marker=None)
     if not (place / ADAPTER_CONFIG).is_file():
+        if (place / "config.json").is_file():
+            raise ModelLoadError(
+                f"{adapter_dir} is a full checkpoint and no adapter (it has no {ADAPTER_CONFIG}): there is nothing to "
+                "merge, use it as it is."
+            )
         raise ModelLoadError(f"{adapter_dir} has no {ADAPTER_CONFIG}: it is not an adapter.")
     if not (place / ADAPTER_WEIGHTS).is_file():
         raise ModelLoadError(f"{adapter_dir} has no {ADAPTER_WEIGHTS}: save the adapter as safetensors.")
@@ -186,12 +215,19 @@ def _with_adapter(source: CheckpointSource, place: Path, settings: dict[str, Any
         with quiet():
             model = PeftModel.from_pretrained(base, str(place)).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelLoadError(f"the adapter in {place} does not fit {source.name}: {reason[:300]}") from error
+        raise ModelLoadError(f"the adapter in {place} does not fit {source.name}: {_reason(error)}") from error
     missing = sorted(set(adapter_parameters(model)) - set(read_header(place / ADAPTER_WEIGHTS)))
     if missing:  # PEFT would leave them at random values and warn
         raise ModelLoadError(f"the adapter in {place} lacks {len(missing)} of its tensors, e.g. {missing[0]}.")
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first tensor of another shape, else the first line that is not only a heading."""
+    if found := _MISMATCH.search(str(error)):
+        return f"{found[1]} has the shape {found[2]} in the adapter, and this base model needs {found[3]}."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), (*lines, type(error).__name__)[0])[:300]
 
 
 def _merged(model: Any, place: Path) -> nn.Module:
@@ -272,6 +308,13 @@ def _store_smaller(
         difference = _largest(_logits(model, inputs), before)
         if difference <= done.tolerance * largest:
             done.dtype, done.max_difference, done.relative_difference = short, difference, difference / largest
+            if difference > LOST * done.adapter_effect:
+                wanted_tolerance = 0.9 * LOST * done.adapter_effect / largest  # 0.9: printing may round it up
+                done.notes.append(
+                    f"warning: rounding to {short} changes the logits by {difference:.1e}, and the adapter moves them "
+                    f"by {done.adapter_effect:.1e} only, so part of what it learned is lost: --tolerance "
+                    f"{wanted_tolerance:.1e} (tolerance= in Python) stores float32"
+                )
             return
         named = dict(model.named_parameters())
         for name, value in exact.items():
@@ -285,18 +328,41 @@ def _store_smaller(
 # ---------------------------------------------------------------------- what is written
 
 
+def _check_target(target: Path) -> None:
+    """OptionError for a destination that cannot be written, which merging would find out last."""
+    if target.exists() and not target.is_dir():
+        raise OptionError(f"{target} is a file: choose a new directory.")
+    check_destination(target)
+    # The model is staged beside the target, so it is the parent that must be writable.
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise OptionError(f"{target} cannot be made, because {parent} is a file: choose another directory.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OptionError(f"{target} cannot be made, because {parent} is not writable: choose another directory.")
+
+
 def _write(model: Any, tokenizer_dir: Path | None, target: Path, done: MergeReport) -> None:
     place = staging(target.absolute().parent, target.name)
-    with write_errors("The merged model", target):
-        try:
-            remove_tree(place)
-            place.mkdir(parents=True)
-            with quiet(), no_loading_bars():
-                model.to(getattr(torch, done.dtype)).save_pretrained(place)
-            for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"):
-                if tokenizer_dir is not None and (tokenizer_dir / name).is_file():
-                    (place / name).write_bytes((tokenizer_dir / name).read_bytes())
-            (place / REPORT_FILE).write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
-            publish(place, target.absolute())
-        finally:
-            remove_tree(place)
+    try:
+        remove_tree(place)
+        place.mkdir(parents=True)
+        with quiet(), no_loading_bars():
+            model.to(getattr(torch, done.dtype)).save_pretrained(place)
+        for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"):
+            if tokenizer_dir is not None and (tokenizer_dir / name).is_file():
+                (place / name).write_bytes((tokenizer_dir / name).read_bytes())
+        (place / REPORT_FILE).write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
+        publish(place, target.absolute())
+    except (OSError, SafetensorError) as error:
+        # Not write_errors(): its advice is about the cache.
+        if lacks_room(error):
+            raise ArtifactWriteError(
+                f"there is no space left to write the merged model to {target}: free some, or choose a directory on "
+                "another disk."
+            ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ArtifactWriteError(
+            f"the merged model cannot be written to {target} ({reason}): choose a directory that can be written."
+        ) from error
+    finally:
+        remove_tree(place)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.arguments import QEffTrainingArgs
-from QEfficient.finetune.checkpoint import checkpoints, resume_point, staging
+from QEfficient.finetune.checkpoint import STATE, checkpoints, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.model_manager import QEffModelManager
@@ -21,7 +23,8 @@ from QEfficient.finetune.proof import ProofReport, compare_first_step, require
 from QEfficient.finetune.reference import reference_model
 from QEfficient.finetune.trainer import QEffTrainer
 from QEfficient.progress import bar
-from QEfficient.transforms.onnx.queue import TransformLike
+from QEfficient.store.files import write_errors
+from QEfficient.transforms.onnx.queue import TransformLike, resolve
 
 CONFIG_FILE, ARGUMENTS_FILE, PROOF_FILE = "refine_config.yaml", "training_args.yaml", "validate.json"
 
@@ -104,11 +107,26 @@ class QEfficient:
         self.model_manager, self.data_manager = None, None
         tell = say if say is not None and chosen.should_log else (_print if chosen.should_log else _quiet)
         output = Path(str(chosen.output_dir))
+        resolve(self.transforms)  # what cannot be loaded is said before the data is read
         self._prepare_output(output, chosen)
+        with _only_writer(output) if chosen.should_save else nullcontext():
+            return self._refine(chosen, output, chosen.validate if validate is None else validate, tell, load)
+
+    def _refine(
+        self, chosen: QEffTrainingArgs, output: Path, validate: bool, tell: Callable[[Any], None], load: bool
+    ) -> tuple[Any, Any]:
+        """`refine`, once the output directory is there and nobody else writes to it."""
+        if chosen.overwrite_output_dir and not chosen.resume_from_checkpoint and chosen.should_save:
+            for path in checkpoints(output):
+                shutil.rmtree(path)
         manager = self._manager()
         data = self._data(manager)
         train, held = data.prepare_dataset()
         tell(data.audit)
+        if held is None and chosen.eval_strategy != "no":
+            raise OptionError(
+                "eval_strategy needs evaluation rows, and there are none: lower train_frac or leave eval_strategy out."
+            )
         if data.label_names is not None:
             classes = manager.set_classes(data.label_names, data.pad_token_id)
             head = "a new head" if classes.new_head else "the checkpoint's head"
@@ -141,11 +159,14 @@ class QEfficient:
             tokenizer=data.tokenizer,
             base_files=manager.base_files(),
         )
-        if (chosen.validate if validate is None else validate) and not earlier and chosen.process_index == 0:
+        if validate and not earlier and chosen.process_index == 0:
             self._prove(step, tell, output)
         if earlier and not asked:
-            tell(f"continuing from {earlier[-1]} (overwrite_output_dir=True starts anew).")
+            tell(f"continuing from {earlier[-1]} (overwrite_output_dir=True, --overwrite, starts anew).")
+        began = _step_of(earlier[-1]) if earlier and not asked else -1
         self.trainer.train(resume_from_checkpoint=asked or bool(earlier))
+        if began == self.trainer.state.global_step:
+            tell(f"the run was finished at step {began} already: nothing was trained; raise max_steps to go on.")
         if held is not None and not self._just_evaluated(chosen):
             self.trainer.evaluate()
         self._save_final(output)
@@ -252,13 +273,16 @@ class QEfficient:
         return any("eval_loss" in row and row.get("step") == state.global_step for row in state.log_history)
 
     def _prepare_output(self, output: Path, args: QEffTrainingArgs) -> None:
-        if output.exists() and not output.is_dir():
-            raise OptionError(f"output_dir {output} is a file: choose a directory.")
-        if args.overwrite_output_dir and not args.resume_from_checkpoint and args.should_save:
-            for path in checkpoints(output):
-                shutil.rmtree(path)
+        asked = args.resume_from_checkpoint
+        if isinstance(asked, str) and not (Path(asked) / STATE).is_file():
+            raise OptionError(f"{asked} is not a complete checkpoint: it has no {STATE}.")
+        there = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not there.is_dir():
+            what = "is a file" if there == output else f"cannot be made, for {there} is a file"
+            raise OptionError(f"output_dir {output} {what}: choose a directory.")
         if args.should_save:
-            output.mkdir(parents=True, exist_ok=True)
+            with write_errors("the output directory", output):
+                output.mkdir(parents=True, exist_ok=True)
 
     def _prove(self, step: Any, tell: Callable[[Any], None], output: Path) -> None:
         trainer, args = self.trainer, self.args
@@ -288,6 +312,28 @@ class QEfficient:
         for path in sorted(place.iterdir()):
             path.replace(output / path.name)
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Holds the output directory; raises OptionError when another run does."""
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OptionError(
+            f"another run is writing to {output}: wait until it has ended, or choose another output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever opened it before finds it gone (filelock looks) and takes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _print(message: Any) -> None:

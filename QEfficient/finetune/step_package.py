@@ -144,13 +144,15 @@ def export_step(
     )
 
     def build(directory: Path) -> dict[str, Any]:
-        report("capturing forward and backward", 0, 2)
+        report("finding weights", 0, 3)
         names, trained = model.file_names, {model.file_names[name] for name in model.trained}
-        frozen = model.aliases()
-        graph = capture_step(model.step(teacher_top), lambda name: names.get(name) or base_name(name))
-        report("attaching weights", 1, 2)
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch:
+            # First, for a checkpoint that lacks a tensor says so here, and capturing takes a while.
             weights = {n: ref for n, ref in model.find_weights(Path(scratch)).items() if n not in trained}
+            frozen = model.aliases()
+            report("capturing forward and backward", 1, 3)
+            graph = capture_step(model.step(teacher_top), lambda name: names.get(name) or base_name(name))
+            report("attaching weights", 2, 3)
             facts = {**model.facts, "name": model.name, "trained_modules": list(model.trained)}
             write_training_graph(graph, weights, frozen, directory, facts).save(directory)
         return {"meta": {"libraries": keys.library_versions(), "task": "training"}}

@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from QEfficient.finetune.checkpoint import (
     OPTIMIZER,
     SCHEDULER,
     STATE,
+    checkpoints,
     load_tensors,
     publish,
     remove_unfinished,
@@ -96,6 +98,7 @@ class QEffTrainer(Trainer):
             callbacks=[*own, *callbacks],
         )
         self.tokenizer = tokenizer
+        self._said_zero = False
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = not step.is_classifier
         for noisy in (PrinterCallback, ProgressCallback):
@@ -144,11 +147,9 @@ class QEffTrainer(Trainer):
             raise InputError("every label of this optimizer step is masked (-100): there is nothing to train on.")
         loss = model(**inputs, normaliser=items)
         result = step.last
-        if result is None or not math.isfinite(result.loss):
-            raise TrainingError(
-                f"the loss became {None if result is None else result.loss} after optimizer step "
-                f"{self.state.global_step}: lower learning_rate or raise warmup_steps; the last checkpoint is intact."
-            )
+        assert result is not None
+        if not math.isfinite(result.loss):
+            raise self._diverged(f"the loss became {result.loss}")
         trained = result.trained_tokens
         mask = inputs["attention_mask"]
         self.meter.add(result.loss * (items or max(trained, 1)), trained, int((mask != 0).sum()), mask.numel())
@@ -162,6 +163,13 @@ class QEffTrainer(Trainer):
             rates = self.meter.read()
             if self.args.world_size > 1:
                 rates.pop("loss", None)  # the other ranks' tokens are in transformers' figure only
+            if logs.get("grad_norm") == 0 and not self._said_zero:
+                self._said_zero = True
+                warnings.warn(
+                    f"the gradient of optimizer step {self.state.global_step} is zero, so nothing is learned: the "
+                    "weights are saturated; lower learning_rate and start anew.",
+                    stacklevel=2,
+                )
             logs = {**logs, **rates}
         super().log(logs, start_time)
 
@@ -189,6 +197,8 @@ class QEffTrainer(Trainer):
         if totals[1] == 0:
             raise InputError("every label of the evaluation rows is masked: there is nothing to measure.")
         mean = float(totals[0] / totals[1])
+        if not math.isfinite(mean):
+            raise self._diverged(f"the evaluation loss is {mean}")
         metrics = {f"{metric_key_prefix}_loss": mean}
         if step.is_classifier:
             metrics[f"{metric_key_prefix}_accuracy"] = float(totals[3] / totals[1])
@@ -220,11 +230,39 @@ class QEffTrainer(Trainer):
         if self.is_world_process_zero():
             remove_unfinished(output)
         chosen = resume_point(output, resume_from_checkpoint, self.run_identity)
+        self._said_zero = False
         return super().train(str(chosen) if chosen is not None else None, trial, ignore_keys_for_eval)
+
+    def _run_epoch(self, *positional: Any, **more: Any) -> None:
+        """transformers looks at ``max_steps`` after a step only: a finished run that resumes would do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*positional, **more)
+
+    def _diverged(self, what: str) -> TrainingError:
+        """What to say when a number stopped being one."""
+        if self.state.global_step == 0:
+            return TrainingError(
+                f"{what} before the first optimizer step: the base weights or their precision give no numbers, so "
+                "check the checkpoint, for example with qefficient validate."
+            )
+        kept = checkpoints(Path(str(self.args.output_dir)))
+        left = f"{kept[-1]} is intact" if kept else "no checkpoint was written"
+        return TrainingError(
+            f"{what} after optimizer step {self.state.global_step}: lower learning_rate or raise warmup_steps; {left}."
+        )
+
+    def _require_numbers(self) -> None:
+        """Raises TrainingError when a trained tensor is not finite: such weights never replace good ones."""
+        for name, array in self._step.file_tensors().items():
+            if not np.isfinite(array).all():
+                raise self._diverged(f"{name} holds values that are no numbers")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes ``checkpoint-N`` beside its place and moves it there: it is complete or absent."""
         began = time.perf_counter()
+        self._require_numbers()
         output = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         place = staging(output, name)
@@ -278,6 +316,7 @@ class QEffTrainer(Trainer):
         place = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         if not self.args.should_save:
             return
+        self._require_numbers()
         place.mkdir(parents=True, exist_ok=True)
         save_trained(self._step, place, self.base_files)
         if self.tokenizer is not None:

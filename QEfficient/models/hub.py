@@ -35,6 +35,11 @@ def resolve(
     if path.is_dir():
         if not any(path.iterdir()):
             raise ModelLoadError(f"{path} is an empty directory: expected config.json and model.safetensors.")
+        if marker == "config.json" and not (path / marker).is_file() and (path / "adapter_config.json").is_file():
+            raise ModelLoadError(
+                f"{path} is an adapter, not a whole model: run `qefficient merge {path} --output DIRECTORY`, or load "
+                "it with QEFFAutoPeftModelForCausalLM."
+            )
         if marker is not None and not (path / marker).is_file():
             raise ModelLoadError(f"{path} has no {marker}: it is not a Hugging Face checkpoint directory.")
         return path

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from QEfficient.engine.adapter_file import CONFIG_FILE, AdapterFile, read_adapter
+from QEfficient.engine.adapter_file import CONFIG_FILE, AdapterFile, read_adapter, warn_of_another_base
 from QEfficient.engine.adapters import Adaptable, check_name, unknown
 from QEfficient.errors import ModelLoadError, OptionError, TargetUnavailableError
 from QEfficient.exporter.interface import Interface
@@ -174,6 +174,8 @@ class QEFFAutoPeftModelForCausalLM(Adaptable, QEFFAutoModelForCausalLM):
             adapter.check(Manifest.load(self._package).parameters)
         if self._loaded is not None:
             self._bank.load_adapter(adapter.directory, adapter_name)
+        elif not (isinstance(self._source, MemorySource) and self.model_name == type(self._source.model).__name__):
+            warn_of_another_base(adapter, self.model_name)
         self._adapters[adapter_name] = adapter
 
     def set_adapter(self, adapter_name: str | None) -> None:
@@ -294,7 +296,7 @@ class QEFFAutoPeftModelForCausalLM(Adaptable, QEFFAutoModelForCausalLM):
             for name in package.adapters:
                 package.unload_adapter(name)
             for name, adapter in self._adapters.items():
-                package.load_adapter(adapter.directory, name)
+                package._bank.load(adapter.directory, name)  # load_adapter() has warned, if there was need
             package.set_adapter(self._active)
         return package
 

@@ -216,7 +216,7 @@ def test_log_lines_of_short_runs():
         ({"warm_up_ratio": 0.1}, "Did you mean 'warmup_ratio'"),
         ({"batch_size": 4, "per_device_train_batch_size": 8}, "contradicts"),
         ({"batch_size": 0}, "per_device_train_batch_size must be an integer of at least 1"),
-        ({"learning_rate": "1e-4"}, "learning_rate must be a number"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a finite number"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"warmup_ratio": 0.1, "warmup_steps": 50}, "contradicts warmup_steps=50"),
         ({"group_by_length": True, "train_sampling_strategy": "sequential"}, "group_by_length contradicts"),
@@ -262,7 +262,8 @@ def test_copies_and_files_keep_every_value(tmp_path):
         dataclasses.replace(args),
     ):
         assert made.to_dict() == args.to_dict()
-    assert dataclasses.replace(args, activation_checkpointing=False).recompute is False
+    assert dataclasses.replace(args).recompute is True
+    assert dataclasses.replace(args, recompute=False).recompute is False
     path = tmp_path / "a.yaml"
     path.write_text("output_dir: out\nlearning_rate: 1e-4\n")
     assert QEffTrainingArgs.load(path).learning_rate == 1e-4

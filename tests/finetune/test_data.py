@@ -289,7 +289,10 @@ def test_columns_choose_between_pairs_and_translate(home):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "completion": "c"}, {"prompt": "p"}], "Row 2 has the columns prompt, and earlier rows had"),
+        (
+            [{"prompt": "p", "completion": "c"}, {"prompt": "p"}],
+            "Row 2 has the columns prompt .*1 of 2 rows, such as row 1",
+        ),
         ([{"messages": [{"content": "x"}]}], "Row 1 does not fit the format messages: .*role and content"),
         ([{"messages": [{"role": "robot", "content": "x"}]}], "'robot' is no known role"),
         ([{"conversations": [{"from": "alien", "value": "x"}]}], "'alien' is no known speaker"),
@@ -305,6 +308,87 @@ def test_columns_choose_between_pairs_and_translate(home):
 def test_rows_that_do_not_fit_are_named(home, rows, message):
     with pytest.raises(InputError, match=message):
         prepare(home, rows, byte_tokenizer(template=CHATML))
+
+
+CHAT_ROW = {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}
+
+
+@pytest.mark.parametrize("odd", [1, 37, 100])
+def test_the_row_of_another_format_is_named(home, odd):
+    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(100)]
+    rows[odd - 1] = CHAT_ROW
+    other = 2 if odd == 1 else 1
+    message = (
+        rf"Row {odd} has the columns messages \(format messages\), and 99 of 100 rows, such as row {other}, have the "
+        r"columns completion, prompt \(format prompt_completion\): give every row the same columns"
+    )
+    with pytest.raises(InputError, match=message):
+        prepare(home, rows, byte_tokenizer(template=CHATML))
+    # Two pairs of columns are no choice between them where no row has both.
+    rows[odd - 1] = {"question": "p", "label": 1}
+    with pytest.raises(InputError, match=rf"Row {odd} has the columns label, question \(no known format\)"):
+        prepare(home, rows)
+
+
+def test_evaluation_rows_of_another_format_are_named(home):
+    splits = {"train": [{"prompt": "p", "completion": "c"}], "validation": [CHAT_ROW]}
+    with pytest.raises(InputError, match="Row 1 has the columns messages, and the format prompt_completion needs"):
+        prepare(home, splits, train_frac=0.9)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "\ud800 x", "completion": "y"},
+        {"prompt": "x", "completion": "y\udc00"},
+        {"text": "x\ud800"},
+        {"text": "\ud83d"},
+        {"segments": [{"text": "x\ud800", "label": True}]},
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "c"}]},
+        {"messages": CHAT_ROW["messages"], "tools": [{"name": "\ud800"}]},
+    ],
+)
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_half_a_character_is_named_with_its_row(home, row, template):
+    good = {name: "fine" if isinstance(value, str) else value for name, value in row.items()}
+    good = {**good, **{k: v for k, v in CHAT_ROW.items() if k in row}, **({"tools": None} if "tools" in row else {})}
+    if "segments" in row:
+        good = {"segments": [{"text": "fine \U0001f600", "label": True}]}
+    if template is None and "messages" in row:
+        pytest.skip("needs a template")
+    with pytest.raises(InputError, match=r"Row 2 has '\\ud\w+', half of a surrogate pair") as error:
+        prepare(home, [good, row], byte_tokenizer(template=template))
+    str(error.value).encode()  # can be printed
+
+
+def test_half_a_character_in_a_label_or_a_text_to_classify(home):
+    good, tokenizer = {"text": "good", "label": "a"}, word_classifier_tokenizer()
+    for bad in ({"text": "\ud800", "label": "b"}, {"text": "bad", "label": "\ud800"}):
+        with pytest.raises(InputError, match=r"Row 2 has .*surrogate"):
+            prepare(home, [good, bad], tokenizer, task="seq_classification")
+
+
+def test_rows_split_off_for_evaluation_that_are_unusable_are_left_out_with_a_note(home):
+    _, kept = split_rows(2, 0.9, 42)
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}]
+    rows[int(kept[0])] = {"prompt": "p", "completion": None}
+    manager, train, evaluation = prepare(home, rows, train_frac=0.9)
+    assert (len(train), evaluation) == (1, None)
+    assert list(manager.audit.splits) == ["train"]
+    note = "none of the rows split off for evaluation can be used (1 × empty), so there are none for evaluation."
+    assert note in manager.audit.notes
+    # What the user chose for evaluation is not left out.
+    with pytest.raises(InputError, match=r"No row of the eval data can be trained on \(1 × empty\)"):
+        prepare(home, {"train": rows, "validation": [{"prompt": "p", "completion": None}]}, train_frac=0.9)
+    with pytest.raises(InputError, match="No row of the train data"):
+        prepare(home, [{"prompt": "p", "completion": None}] * 2, train_frac=0.9)
+
+
+def test_segments_without_a_true_label_are_called_that(home):
+    for piece in ({"text": "x", "label": False}, {"text": "", "label": True}):
+        with pytest.raises(InputError, match=r"2 × empty.*no segment with a text has label true") as error:
+            prepare(home, [{"segments": [piece]}] * 2)
+        assert "-100" not in str(error.value)
 
 
 def test_empty_rows_are_left_out_and_counted(home):
@@ -588,6 +672,13 @@ def test_tokenizers_without_end_or_padding(home):
     with pytest.raises(OptionError, match="no end-of-sequence token"):
         prepare(home, [row], byte_tokenizer(eos=None))
     assert only(home, row, byte_tokenizer(eos=None), train_on="all")[0] == "pc"
+    # Before any row: one that is broken comes later.
+    for template in (None, CHATML, "{{ messages[-1]['content'] + eos_token }}"):
+        with pytest.raises(OptionError, match=r'no end-of-sequence token.*"eos_token" in its tokenizer_config\.json'):
+            prepare(home, [{"prompt": 5, "completion": 6}], byte_tokenizer(eos=None, template=template))
+    template = byte_tokenizer(eos=None, template="{{ messages[-1]['content'] + eos_token }}")
+    with pytest.raises(OptionError, match="template writes an end-of-sequence token and the tokenizer has none"):
+        prepare(home, [row], template, train_on="all")
     manager, _, _ = prepare(home, [row], byte_tokenizer(pad=None))
     assert manager.pad_token_id == EOS
     assert any("eos_token pads" in note for note in manager.audit.notes)

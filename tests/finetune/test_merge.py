@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +17,11 @@ from tiny_models import sample_prompt, save_tiny, tiny_causal_lm, tiny_classifie
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+import QEfficient
+from QEfficient import QEFFAutoPeftModelForCausalLM
 from QEfficient.cli.main import app
-from QEfficient.errors import InputError, ModelLoadError, OptionError, TrainingError
+from QEfficient.engine.adapter_file import same_model
+from QEfficient.errors import ArtifactWriteError, InputError, ModelLoadError, OptionError, TrainingError
 from QEfficient.finetune.merge import merge_adapter
 
 IDS = torch.tensor([sample_prompt(12)])
@@ -126,12 +133,13 @@ def test_what_cannot_be_merged_is_said_before_loading(base, tmp_path):
         merge_adapter(place, tmp_path / "used")
     with pytest.raises(OptionError, match="tolerance"):
         merge_adapter(place, tmp_path / "out", tolerance=0)
-    with pytest.raises(ModelLoadError, match=r"adapter_config\.json"):
+    with pytest.raises(ModelLoadError, match=r"is a full checkpoint and no adapter .*: there is nothing to merge"):
         merge_adapter(base, tmp_path / "out")
     with pytest.raises(InputError, match="prompts"):
         merge_adapter(place, tmp_path / "out", prompts=["ok", ""])
     other = save_tiny(tiny_causal_lm("llama", hidden_size=32, head_dim=8), tmp_path / "other")
-    with pytest.raises(ModelLoadError, match="does not fit"):
+    fits = r"does not fit .*other: model\.\S+\.weight has the shape \[4, 64\] in the adapter, and .* needs \[4, 32\]\."
+    with pytest.raises(ModelLoadError, match=fits):
         merge_adapter(place, tmp_path / "out", other)
     settings = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
@@ -151,6 +159,97 @@ def test_an_adapter_with_missing_tensors_is_refused(base, tmp_path):
     (place / "adapter_model.safetensors").rename(place / "adapter_model.bin")
     with pytest.raises(ModelLoadError, match="as safetensors"):
         merge_adapter(place, tmp_path / "out")
+
+
+def test_a_destination_that_cannot_be_written_is_said_first(tmp_path):
+    """The adapter does not even exist: nothing was looked at before."""
+    file = tmp_path / "afile"
+    file.touch()
+    with pytest.raises(OptionError, match="afile is a file: choose a new directory"):
+        merge_adapter(tmp_path / "none", file)
+    with pytest.raises(OptionError, match=r"sub/deep cannot be made, because .*afile is a file"):
+        merge_adapter(tmp_path / "none", file / "sub" / "deep")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_parent_that_is_read_only_is_said_first(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(OptionError, match="closed is not writable"):
+        merge_adapter(tmp_path / "none", tmp_path / "closed" / "merged")
+
+
+def test_a_write_that_fails_says_nothing_about_the_cache(base, tmp_path, monkeypatch):
+    adapted(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    for number, words in ((28, "no space left to write the merged model"), (5, "cannot be written to .*merged")):
+
+        def fail(place, final, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("QEfficient.finetune.merge.publish", fail)
+        with pytest.raises(ArtifactWriteError, match=words) as error:
+            merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+        assert "QEFF_HOME" not in str(error.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_another_base_of_the_same_shapes_is_warned_of(base, tmp_path):
+    adapted(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    other = save_tiny(tiny_causal_lm("llama", seed=9), tmp_path / "another")
+    done = merge_adapter(tmp_path / "adapter", tmp_path / "merged", other)
+    assert f"warning: the adapter was trained on {base} and is merged into {other}" in str(done)
+    moved = shutil.copytree(base, tmp_path / "elsewhere" / "base")
+    assert "warning" not in str(merge_adapter(tmp_path / "adapter", tmp_path / "again", moved))
+
+
+def test_names_of_one_model():
+    cached = "/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123"
+    assert all(same_model("org/name", other) for other in ("org/name", "/models/name", "./name/", cached))
+    assert same_model(".", str(Path.cwd()))
+    assert not any(
+        same_model("org/name", other) for other in ("org/other", "/models/other", cached.replace("name", "other"))
+    )
+
+
+def test_an_adapter_of_another_base_is_warned_of_when_loaded(base, tmp_path):
+    adapted(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", target_modules=["q_proj"])
+    other = save_tiny(tiny_causal_lm("llama", seed=9), tmp_path / "another")
+    adapted(AutoModelForCausalLM.from_pretrained(other), tmp_path / "foreign", target_modules=["q_proj"])
+    model = QEFFAutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", cache_home_dir=tmp_path / "home")
+    model.compile(ctx_len=24, prefill_seq_len=8, progress=False)
+    with pytest.warns(UserWarning, match="foreign was trained on .*another and is used on .*base"):
+        model.load_adapter(tmp_path / "foreign", "foreign")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(input_ids=IDS.numpy(), max_new_tokens=1)  # said once is enough
+        model.load_adapter(tmp_path / "adapter", "own")
+        package = QEfficient.load(model.save_pretrained(tmp_path / "package"))
+    with package:
+        with pytest.warns(UserWarning, match="foreign was trained on"):
+            package.load_adapter(tmp_path / "foreign", "again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            package.load_adapter(tmp_path / "adapter", "more")
+
+
+def test_rounding_that_takes_much_of_the_adapter_is_warned_of(tmp_path):
+    base = save_tiny(tiny_causal_lm("llama"), tmp_path / "base", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted(model, tmp_path / "strong", target_modules="all-linear")
+    assert not any(
+        "warning" in note for note in merge_adapter(tmp_path / "strong", tmp_path / "a", tolerance=0.1).notes
+    )
+    place = shutil.copytree(tmp_path / "strong", tmp_path / "weak")
+    tensors = load_file(place / "adapter_model.safetensors")
+    weak = {name: tensor / 50 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(weak, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    done = merge_adapter(place, tmp_path / "b", tolerance=0.1)
+    assert done.max_difference > 0.1 * done.adapter_effect
+    (note,) = done.notes
+    assert note.startswith("warning: rounding to bfloat16 changes the logits by")
+    advised = float(note.partition("--tolerance ")[2].split()[0])
+    again = merge_adapter(place, tmp_path / "c", tolerance=advised)  # the advice works
+    assert again.dtype == "float32"
+    assert again.max_difference < 0.01 * again.adapter_effect
 
 
 def test_the_command(base, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from step_models import base_model
 from tiny_models import save_tiny, tiny_tokenizer
 from transformers import TrainerCallback
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from resume_test import differences, resume_rounds
 
 STEPS = 12
+ADAPTER = "adapter_model.safetensors"
 COMMAND = [str(Path(sys.executable).with_name("qefficient")), "finetune"]
 
 
@@ -241,11 +242,91 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
     tiny_checkpoint: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) after optimizer step \d+: lower learning_rate"):
+    with pytest.raises(TrainingError, match=r"after optimizer step \d+: lower learning_rate"):
         refine(tiny_checkpoint, rows_file, output, learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
     saved = sorted(output.glob("checkpoint-*"))
     assert all((path / "trainer_state.json").is_file() for path in saved)
+    assert all(tensor.isfinite().all() for path in saved for tensor in load_file(path / ADAPTER).values())
     assert not list(output.glob(".saving-*"))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_weights_that_are_no_numbers_are_never_saved(
+    tiny_checkpoint: Path, rows_file: Path, tmp_path: Path, steps: int
+) -> None:
+    """Also when the last step makes them, after which no loss is computed; the run can then start again."""
+    output = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"after optimizer step 1: .*; no checkpoint was written\."):
+        refine(tiny_checkpoint, rows_file, output, max_steps=steps, learning_rate=1e39, save_strategy="no")
+    assert not (output / ADAPTER).exists()
+    with pytest.raises(TrainingError, match=r"no numbers after optimizer step 1: "):
+        refine(tiny_checkpoint, rows_file, output, max_steps=steps, learning_rate=1e39)
+    assert not list(output.glob("*checkpoint-*"))
+    seen = Steps()
+    refine(tiny_checkpoint, rows_file, output, seen, max_steps=steps)
+    assert seen.done == list(range(1, steps + 1))
+
+
+def test_a_checkpoint_with_values_that_are_no_numbers(stopped: Path, tiny_checkpoint: Path, rows_file: Path) -> None:
+    path = stopped / "checkpoint-5" / ADAPTER
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(PackageError, match="no numbers: resume from an earlier checkpoint"):
+        refine(tiny_checkpoint, rows_file, stopped)
+
+
+def test_a_gradient_of_zero_is_said_once(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Weights so large that the softmax is saturated learn nothing more."""
+    with pytest.warns(UserWarning, match="zero, so nothing is learned") as found:
+        refine(tiny_checkpoint, rows_file, tmp_path / "run", learning_rate=1e6)
+    assert sum("nothing is learned" in str(warning.message) for warning in found) == 1
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_finished_run_says_so(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path, steps: int) -> None:
+    """Without accumulation, too, where transformers would do one step more; and when fewer steps are asked for."""
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant"}
+    output = tmp_path / "run"
+    refine(tiny_checkpoint, rows_file, output, max_steps=3, **options)
+    weights = (output / ADAPTER).read_bytes()
+    seen, said = Steps(), []
+    run = QEfficient(
+        config(tiny_checkpoint, rows_file), arguments(output, max_steps=steps, **options), callbacks=[seen]
+    )
+    run.refine(load=False, say=said.append)
+    assert seen.done == []
+    assert any("finished at step 3 already" in str(message) for message in said)
+    assert (output / ADAPTER).read_bytes() == weights
+    assert not (output / "checkpoint-4").exists()
+
+
+def test_two_runs_in_one_directory(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            with pytest.raises(OptionError, match="another run is writing to"):
+                refine(tiny_checkpoint, rows_file, output)
+
+    refine(tiny_checkpoint, rows_file, output, Second(), max_steps=1)
+    refine(tiny_checkpoint, rows_file, output, max_steps=2)
+    assert (output / "checkpoint-2").is_dir()
+
+
+def test_what_is_refused_before_the_data_is_read(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "run"
+    for where, options, words in (
+        (tmp_path / "file" / "run", {}, "file is a file: choose a directory"),
+        (output, {"resume_from_checkpoint": "/nope"}, "/nope is not a complete checkpoint"),
+        (output, {"eval_strategy": "epoch"}, "eval_strategy needs evaluation rows"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            refine(tiny_checkpoint, rows_file, where, **options)
+    with pytest.raises(OptionError, match="FP16Clop"):
+        QEfficient(config(tiny_checkpoint, rows_file), arguments(output), transforms=["FP16Clop"]).refine()
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -286,7 +367,7 @@ def test_a_run_with_other_settings(
 def test_other_data(stopped: Path, tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
     shorter = tmp_path / "rows.jsonl"
     shorter.write_text("".join(line + "\n" for line in rows_file.read_text().splitlines()[:-1]))
-    with pytest.raises(OptionError, match="another data"):
+    with pytest.raises(OptionError, match="is of a run on other data: use its settings"):
         refine(tiny_checkpoint, shorter, stopped)
 
 

@@ -237,6 +237,20 @@ def test_a_model_with_torchs_own_attention() -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_model_without_a_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelLoadError, match=r"bare has no tokenizer files: copy tokenizer\.json .* tokenizer_name\.$"):
+        run(model, tmp_path / "out")
+
+
+def test_an_adapter_in_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="is an adapter, not a whole model: run `qefficient merge"):
+        run(tmp_path, tmp_path / "out")
+
+
 # ---------------------------------------------------------------------------------- while it runs
 
 
@@ -248,7 +262,7 @@ def test_weights_that_are_no_numbers(tiny_checkpoint: Path, tmp_path: Path) -> N
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match="differs from torch autograd"):
         run(model, tmp_path / "a")
-    with pytest.raises(TrainingError, match="the loss became nan after optimizer step 0"):
+    with pytest.raises(TrainingError, match="nan before the first optimizer step: the base weights"):
         run(model, tmp_path / "b", validate=False)
     for name in ("a", "b"):
         assert not list((tmp_path / name).glob("checkpoint-*"))

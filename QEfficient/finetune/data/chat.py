@@ -93,6 +93,7 @@ class ChatRenderer:
 
         Raises:
             InputError: the template refuses it (roles it does not know, turns in another order).
+            OptionError: the template writes an end token, and the tokenizer has none.
         """
         shown = [{k: v for k, v in message.items() if k not in ("weight", "train")} for message in messages]
         try:
@@ -102,6 +103,11 @@ class ChatRenderer:
                 )
             )
         except (jinja2.TemplateError, TypeError) as error:
+            if isinstance(error, jinja2.UndefinedError) and "'eos_token'" in str(error):
+                raise OptionError(
+                    "The chat template writes an end-of-sequence token and the tokenizer has none: name one as "
+                    '"eos_token" in its tokenizer_config.json.'
+                ) from error
             raise InputError(f"the chat template refuses it ({' '.join(str(error).split())}).") from error
 
     def answers(self, chat: Conversation) -> tuple[str, list[tuple[int, int, int]]]:

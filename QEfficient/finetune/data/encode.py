@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_END = (
+    'The tokenizer has no end-of-sequence token, so answers would never end: name one as "eos_token" in its '
+    "tokenizer_config.json."
+)
+
+
 @dataclass
 class Encoded:
     """A row ready to be trained on.
@@ -208,9 +214,7 @@ class RowEncoder:
             masked = 0
             if weight and end:
                 if self.tokens.eos is None and self.options.train_on != "all":
-                    raise OptionError(
-                        "The tokenizer has no end-of-sequence token, so answers would never end: set its eos_token."
-                    )
+                    raise OptionError(NO_END)
                 part, masked = self._ended(part)
                 row.ends.append(len(row.ids) + len(part) - masked - 1)
             row.ids += part

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.data import readers
-from QEfficient.finetune.data.examples import Example
+from QEfficient.finetune.data.examples import Example, Tokenized
 from QEfficient.finetune.keywords import short
 from QEfficient.suggest import did_you_mean
 
 Row = Mapping[str, Any]
+
+#: What JSON can spell and no text has: half of a UTF-16 pair.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 #: Column pairs that mean "prompt" and "completion".
 PAIRS = (
@@ -221,13 +226,70 @@ def read_row(kind: Format, row: Row, number: int) -> Example | None:
     """
     if not kind.matches(frozenset(row)):
         raise InputError(
-            f"Row {number} has {_listed(row)}, and earlier rows had what the format {kind.name} needs ({kind.wants}): "
-            "give every row the same columns."
+            f"Row {number} has {_listed(row)}, and the format {kind.name} needs {kind.wants}: give every row the same "
+            "columns."
         )
     try:
-        return kind.read(row)
+        example = kind.read(row)
     except InputError as error:
         raise InputError(f"Row {number} does not fit the format {kind.name}: {error}") from error
+    for text in _texts(example):
+        # Tokenizers refuse it with a TypeError that names no row.
+        if found := _SURROGATE.search(text):
+            before = text[max(found.start() - 20, 0) : found.start()]
+            raise InputError(
+                f"Row {number} has {found[0]!r}, half of a surrogate pair, after {before!r}: no tokenizer can read "
+                "that, so write the whole character or remove it."
+            )
+    return example
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of an example."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif is_dataclass(value) and not isinstance(value, Tokenized):
+        yield from _texts(vars(value))
+
+
+def check_one_format(rows: Iterable[Row]) -> None:
+    """Refuses rows of different formats: `detect` would see their columns together and blame the wrong row.
+
+    Args:
+        rows: after ``Renamer``.
+
+    Raises:
+        InputError: naming the first row that differs from most rows (from the first, where neither kind has more).
+    """
+    known: dict[frozenset[str], str | None] = {}
+    first: dict[str | None, tuple[int, frozenset[str]]] = {}
+    counts: Counter[str | None] = Counter()
+    for number, row in enumerate(rows, start=1):
+        names = frozenset(row)
+        if names not in known:
+            known[names] = next((item.name for item in _ALL if item.matches(names)), None)
+        first.setdefault(known[names], (number, names))
+        counts[known[names]] += 1
+    if len(counts) < 2:
+        return
+    usual = counts.most_common(1)[0][0]  # among equals the one that came first
+    odd, (number, names) = next((name, place) for name, place in first.items() if name != usual)
+    since, others = first[usual]
+    raise InputError(
+        f"Row {number} has {_listed(names)} ({_called(odd)}), and {counts[usual]} of {counts.total()} rows, such as "
+        f"row {since}, have {_listed(others)} ({_called(usual)}): give every row the same columns."
+    )
+
+
+def _called(name: str | None) -> str:
+    return "no known format" if name is None else f"format {name}"
 
 
 def _no_format(names: frozenset[str]) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from QEfficient.errors import InputError
+from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.audit import LabelAudit, SplitReport, check_split, describe_split, spans
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
-from QEfficient.finetune.data.encode import Dropped, Encoded, EncodeOptions, RowEncoder
+from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
 from QEfficient.finetune.data.files import Rows
-from QEfficient.finetune.data.formats import Renamer, detect, pairs_in, read_row
+from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row
 from QEfficient.finetune.data.sources import Source, columns_of
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.progress import Progress
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPORT = "data_report.json"
+#: Formats whose answers get an end token.
+_ANSWERS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 #: Rows between progress reports.
 _PROGRESS_EVERY = 500
 
@@ -61,13 +63,18 @@ class Preparation:
         source: the rows.
 
     Raises:
-        OptionError: no format fits the columns, or a column is mapped that is not there.
+        OptionError: no format fits the columns, a column is mapped that is not there, or answers could not end.
+        InputError: rows of several formats.
     """
 
     def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
         self.config, self.tokenizer, self.source = config, tokenizer, source
         self._renamer = Renamer(config.columns, columns_of(source.train))
+        if config.dataset_format == "auto" and isinstance(source.train, list):  # others have the same columns anyway
+            check_one_format(map(self._renamer, source.train))
         self.format = detect(self._renamer.names, config.task, config.dataset_format)
+        if self.format.name in _ANSWERS and config.train_on != "all" and tokenizer.eos_token_id is None:
+            raise OptionError(NO_END)
         self.notes = list(source.notes)
         self._encoder = self.encoder(config, tokenizer)
         self._done: dict[str, tuple[TokenRows, SplitReport]] = {}
@@ -129,13 +136,20 @@ class Preparation:
         encoded = {
             name: self._encode(name, rows, numbers, progress) for name, (rows, numbers) in parts.items() if len(numbers)
         }
+        if source.evaluation is None and "eval" in encoded and not encoded["eval"][0] and encoded["train"][0]:
+            # Nobody chose these rows for evaluation, so that they are unusable is no reason to stop.
+            dropped = encoded.pop("eval")[1]
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
+            self.notes.append(
+                f"none of the rows split off for evaluation can be used ({reasons}), so there are none for evaluation."
+            )
         if config.task == "seq_classification":
             self._names = self._classes(encoded)
         for name, (found, dropped, marks) in encoded.items():
             tokens = TokenRows.from_encoded(found, self._names)
             without_end = 0 if tokens.classes else sum(not _trains_end(row) for _, row in found)
             report = describe_split(tokens, len(parts[name][1]), dropped, marks, without_end)
-            self.notes += check_split(name, report, self._hint())
+            self.notes += check_split(name, report, self._hint(report))
             self._done[name] = tokens, report
         self._audit = self._make_audit()
 
@@ -195,8 +209,10 @@ class Preparation:
             raise InputError(f"Every training row has the label {train[0][1]!r}: classes cannot be learned from one.")
         return names
 
-    def _hint(self) -> str:
-        if self.format.name in ("tokenized", "segments"):
+    def _hint(self, report: SplitReport) -> str:
+        if self.format.name == "segments" and set(report.dropped) == {"empty"}:
+            return "no segment with a text has label true, so set it where the text is to be learned"
+        if self.format.name == "tokenized":
             return "give labels that are not all -100"
         if self.config.truncation == "drop":
             return "raise max_ctx_len or set truncation='truncate'"
