@@ -102,17 +102,26 @@ class Maker:
         self._constants: dict[Any, ir.Value] = {}
         self._nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value | None, like: ir.Value | None = None, **attributes: Any) -> ir.Value:
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        like: ir.Value | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
         """The output of a new node; ``like`` is a value whose type and shape it has."""
-        value = self.ops(op_type, inputs, 1, **attributes)[0]
+        value = self.ops(op_type, inputs, 1, domain, **attributes)[0]
         if like is not None:
             value.type, value.shape = like.type, like.shape
         return value
 
-    def ops(self, op_type: str, inputs: Iterable[ir.Value | None], outputs: int, **attributes: Any) -> list[ir.Value]:
-        """The outputs of a new node of the standard domain."""
+    def ops(
+        self, op_type: str, inputs: Iterable[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """The outputs of a new node; no domain is the standard one."""
         name = self._name()
-        node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name)
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         for place, value in enumerate(node.outputs):
             value.name = name if outputs == 1 else f"{name}.{place}"
         self._nodes.append(node)

@@ -22,6 +22,7 @@ from QEfficient.transforms.onnx.fix_training_ops import FixTrainingOps
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
+from QEfficient.transforms.onnx.quantize_weights import QuantizeWeights
 from QEfficient.transforms.onnx.recompute import Recompute
 from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
@@ -35,6 +36,7 @@ _BUILT_IN: tuple[type[OnnxTransform], ...] = (
     FixTrainingOps,
     LoraAdapters,
     QuantizeBase,
+    QuantizeWeights,
     Recompute,
     Schedule,
     SplitWeights,
@@ -157,8 +159,15 @@ def _with_parameters(cls: type[OnnxTransform], text: str) -> OnnxTransform:
             raise OptionError(
                 f"{cls.name} takes {sorted(known)} as parameter=value, got {part!r}.{did_you_mean(key, known)}"
             )
-        values[key] = _number(value) if "str" not in str(known[key].type) else value
+        kind = str(known[key].type)
+        values[key] = value if "str" in kind else _flag(value) if "bool" in kind else _number(value)
     return cls(**values)
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise OptionError(f"{text!r} is neither true nor false.")
+    return text.lower() in ("true", "1")
 
 
 def _number(text: str) -> float:

@@ -1,0 +1,291 @@
+"""QuantizeWeights: matrices in blocks of 4 or 8 bits that ONNX Runtime multiplies without making floats of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from QEfficient.errors import OptionError, TransformError
+from QEfficient.onnx_io import FileTensor, file_tensors, stream_tensors, write_tensors
+from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
+from QEfficient.transforms.onnx.graph import Maker
+
+DOMAIN = "com.microsoft"
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+#: Smaller weights are not worth their loss.
+_MIN_ELEMENTS = 4096
+#: Elements converted at a time: what quantizing holds in memory besides the result.
+_CHUNK = 1 << 22
+#: Block sizes that ONNX Runtime's kernels take.
+_GROUPS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(OnnxTransform):
+    """Weight-only quantization for inference on the host.
+
+    A weight that ``MatMul`` reads, also through casts and a transposition, becomes ``MatMulNBits``; a table that
+    ``Gather`` reads along its first axis becomes ``GatherBlockQuantized``. A tied embedding and head share one stored
+    tensor. ``group_size`` inputs of an output channel share a float32 scale (and a zero point when not symmetric).
+    A table's groups are as large as its rows are a multiple of.
+    Weights used in any other way, and those with fewer than 4096 elements, stay as they are; the facts say which and
+    why. Formats: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+
+    Parameters:
+        bits: 4 or 8.
+        group_size: inputs that share a scale: 16, 32, 64, 128 or 256.
+        symmetric: no zero points; the value of largest magnitude of a group is exact.
+        accuracy_level: what products may make of activations: 0 or 1 leaves them float32, 4 quantizes them to int8 per
+            row and group, which is faster.
+    """
+
+    name: ClassVar[str] = "QuantizeWeights"
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise OptionError(f"QuantizeWeights stores weights in 4 or 8 bits, got {self.bits!r}.")
+        if self.group_size not in _GROUPS:
+            raise OptionError(f"QuantizeWeights' group_size must be one of {_GROUPS}, got {self.group_size!r}.")
+        if self.symmetric not in (True, False):
+            raise OptionError(f"QuantizeWeights' symmetric must be True or False, got {self.symmetric!r}.")
+        if self.accuracy_level not in (0, 1, 4):
+            raise OptionError(f"QuantizeWeights' accuracy_level must be 0, 1 or 4, got {self.accuracy_level!r}.")
+        for name, kind in (("bits", int), ("group_size", int), ("symmetric", bool), ("accuracy_level", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
+        """Raises TransformError for a weight that holds infinities or NaN."""
+        graph = model.graph
+        chosen: list[_Weight] = []
+        left: dict[str, str] = {}
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype not in _FLOATS or tensor.size < _MIN_ELEMENTS or len(tensor.shape) < 2:
+                continue
+            found = self._uses(value, graph)
+            if isinstance(found, str):
+                left[name] = found
+            else:
+                chosen.append(found)
+        described = {n: kind for weight in chosen for n, kind in weight.described().items()}
+        contents = (part for weight in chosen for part in weight.contents())
+        stored = stream_tensors(described, contents, workspace / "quantized.safetensors")
+        before = sum(weight.tensor.nbytes for weight in chosen)
+        make = Maker(graph, "quantize")
+        for weight in chosen:
+            weight.install(graph, make, stored, self.accuracy_level)
+        if chosen:
+            model.opset_imports[DOMAIN] = 1
+        passes.RemoveUnusedNodesPass()(model)
+        _leave_files(model, {w.tensor.file for w in chosen if isinstance(w.tensor, FileTensor)}, workspace)
+        facts = {
+            "weights": len(chosen),
+            "bytes_before": before,
+            "bytes_after": sum(tensor.nbytes for tensor in stored.values()),
+            "left": left,
+        }
+        return TransformResult(bool(chosen), facts)
+
+    def _uses(self, value: ir.Value, graph: ir.Graph) -> _Weight | str:
+        """A weight and the nodes that read it, or why it stays as it is."""
+        assert value.const_value is not None
+        if len(value.const_value.shape) != 2:
+            return f"it has rank {len(value.const_value.shape)}"
+        weight = _Weight(value, self.bits, self.group_size, self.symmetric)
+        layouts: set[bool] = set()
+        todo: list[tuple[ir.Value, bool]] = [(value, False)]
+        while todo:
+            current, turned = todo.pop()
+            for use in current.uses():
+                node, place = use.node, use.idx
+                if node.graph is not graph or current.is_graph_output():
+                    return "it is used inside a subgraph"
+                if node.op_type == "Cast" and node.outputs[0].dtype in _FLOATS:
+                    todo.append((node.outputs[0], turned))
+                elif node.op_type == "Transpose":
+                    todo.append((node.outputs[0], not turned))
+                elif node.op_type == "Gather" and place == 0 and not turned and not _attribute(node, "axis"):
+                    weight.gathers.append(node)
+                    layouts.add(True)
+                elif node.op_type == "MatMul" and place == 1:
+                    weight.products.append(node)
+                    layouts.add(turned)
+                elif node.op_type == "Gemm" and place == 1 and _plain(node):
+                    weight.products.append(node)
+                    layouts.add(turned != bool(_attribute(node, "transB")))
+                else:
+                    return f"{node.op_type} reads it"
+        if len(layouts) > 1:
+            return "it is read along both of its axes"
+        if not layouts:
+            return "nothing reads it"
+        weight.outputs_first = layouts.pop()
+        if weight.gathers and weight.size[1] % weight.group:  # GatherBlockQuantized returns whole groups
+            fitting = [group for group in _GROUPS if group < weight.group and weight.size[1] % group == 0]
+            if not fitting:
+                return f"its rows of {weight.size[1]} are no multiple of {_GROUPS[0]}"
+            weight.group = fitting[-1]
+        return weight
+
+
+@dataclass
+class _Weight:
+    """One matrix to quantize and the nodes that read it."""
+
+    value: ir.Value
+    bits: int
+    group: int
+    symmetric: bool
+    products: list[ir.Node] = field(default_factory=list)
+    gathers: list[ir.Node] = field(default_factory=list)
+    #: Whether it lies in memory as [outputs, inputs].
+    outputs_first: bool = True
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        assert self.value.const_value is not None
+        return self.value.const_value
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(outputs N, inputs K)."""
+        first, second = self.tensor.shape.numpy()
+        return (first, second) if self.outputs_first else (second, first)
+
+    @property
+    def groups(self) -> int:
+        return math.ceil(self.size[1] / self.group)
+
+    def described(self) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+        """Name -> dtype and shape of what is stored, in the order of `contents`."""
+        outputs, groups, name = self.size[0], self.groups, self.value.name
+        parts: dict[str, tuple[ir.DataType, tuple[int, ...]]] = {
+            f"{name}.quantized": (ir.DataType.UINT8, (outputs, groups, self.group * self.bits // 8)),
+            f"{name}.scale": (ir.DataType.FLOAT, (outputs, groups)),
+        }
+        if not self.symmetric:
+            parts[f"{name}.zero_point"] = (ir.DataType.UINT8, (outputs, math.ceil(groups * self.bits / 8)))
+        return parts
+
+    def contents(self) -> Iterator[bytes]:
+        """The bytes of `described`; holds one quantized weight, and floats of a few rows, in memory."""
+        array = self.tensor.numpy()
+        array = array if self.outputs_first else array.T
+        rows = max(1, _CHUNK // array.shape[1])
+        parts = []
+        for start in range(0, array.shape[0], rows):
+            chunk = array[start : start + rows].astype(np.float32)
+            if not np.isfinite(chunk).all():
+                raise TransformError(f"QuantizeWeights: {self.value.name} holds infinities or NaN.")
+            values, scale, zero = quantize_groups(chunk, self.bits, self.group, self.symmetric)
+            parts.append((pack(values, self.bits), scale, pack(zero, self.bits)))
+        for pieces, _ in zip(zip(*parts, strict=True), self.described(), strict=False):
+            yield np.concatenate(pieces).tobytes()
+
+    def install(self, graph: ir.Graph, make: Maker, stored: dict[str, FileTensor], accuracy: int) -> None:
+        """Lets every use read the stored weight."""
+        parts = []
+        for name in self.described():
+            tensor = stored[name]
+            part = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            graph.register_initializer(part)
+            parts.append(part)
+        outputs, inputs = self.size
+        for node in self.products:
+            old = node.outputs[0]
+            new = make.op(
+                "MatMulNBits", _as_float(make, node.inputs[0]), *parts, domain=DOMAIN, K=inputs, N=outputs,
+                bits=self.bits, block_size=self.group, accuracy_level=accuracy,
+            )  # fmt: skip
+            if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+                new = make.op("Add", new, _as_float(make, node.inputs[2]))
+            self._replace(graph, make, node, new, old)
+        for node in self.gathers:
+            old = node.outputs[0]
+            data = make.op("Reshape", parts[0], make.constant([outputs, -1]))
+            new = make.op(
+                "GatherBlockQuantized", data, node.inputs[1], *parts[1:], domain=DOMAIN, bits=self.bits,
+                block_size=self.group, gather_axis=0, quantize_axis=1,
+            )  # fmt: skip
+            self._replace(graph, make, node, new, old)
+
+    @staticmethod
+    def _replace(graph: ir.Graph, make: Maker, node: ir.Node, new: ir.Value, old: ir.Value) -> None:
+        new.type, new.shape = ir.TensorType(ir.DataType.FLOAT), old.shape
+        if old.dtype not in (None, ir.DataType.FLOAT):
+            assert old.dtype is not None
+            new = make.op("Cast", new, to=old.dtype.value, like=old)
+        graph.insert_before(node, make.take())
+        if old.is_graph_output():
+            new.name, old.name = old.name, f"{old.name}/replaced"
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _leave_files(model: ir.Model, files: set[Path], workspace: Path) -> None:
+    """Copies what else the graph reads from ``files``, so that the package does not carry the weights before."""
+    kept = {name: tensor for name, tensor in file_tensors(model).items() if tensor.file in files}
+    for name, tensor in write_tensors(kept, workspace / "kept.safetensors").items() if kept else ():
+        model.graph.initializers[name].const_value = tensor
+
+
+def quantize_groups(x: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unsigned values [n, groups, group], float32 scales and unsigned zero points [n, groups] of float32 [n, k].
+
+    ``x ≈ (value - zero) * scale``. Symmetric: the zero point is half the range and the scale has the sign that makes
+    the element of largest magnitude the lowest value, which has no positive counterpart. Otherwise the range of a
+    group always contains 0, which stays 0 exactly.
+    """
+    n, k = x.shape
+    count, top, half = math.ceil(k / group), 2**bits - 1, 2 ** (bits - 1)
+    padded = np.zeros((n, count * group), np.float32)
+    padded[:, :k] = x
+    blocks = padded.reshape(n, count, group)
+    if symmetric:
+        peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
+        scale = np.where(peak != 0, peak / -half, 1).astype(np.float32)
+        zero = np.full(scale.shape, half, np.float32)
+    else:
+        low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+        scale = np.where(high > low, (high - low) / top, 1).astype(np.float32)
+        zero = np.clip(np.rint(-low / scale), 0, top)
+    values = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, top)
+    return values.astype(np.uint8), scale, zero.astype(np.uint8)
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes along the last axis: with 4 bits two values each, the first in the low half."""
+    if bits == 8:
+        return values
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
+    packed: np.ndarray = values[..., ::2] | (values[..., 1::2] << 4)
+    return packed
+
+
+def _as_float(make: Maker, value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    if value.dtype in (None, ir.DataType.FLOAT):
+        return value
+    return make.op("Cast", value, to=ir.DataType.FLOAT.value)
+
+
+def _plain(node: ir.Node) -> bool:
+    """Whether a Gemm is a product and a sum, without factors or a transposed first operand."""
+    factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
+    return not _attribute(node, "transA") and all(factor == 1 for factor in factors)
+
+
+def _attribute(node: ir.Node, name: str) -> int:
+    found = node.attributes.get(name)
+    return found.as_int() if found is not None else 0
