@@ -124,12 +124,17 @@ def resume_point(output_dir: Path, asked: str | bool | None, identity: Mapping[s
             )
         chosen = found[-1]
     else:
-        chosen = Path(asked)
-        if not (chosen / STATE).is_file():
-            raise OptionError(f"{chosen} is not a complete checkpoint: it has no {STATE}.")
+        chosen = complete(Path(asked))
     check_same_run(chosen, identity)
     _check_state(chosen)
     return chosen
+
+
+def complete(checkpoint: Path) -> Path:
+    """``checkpoint``; raises OptionError when it is not one, or not whole."""
+    if not (checkpoint / STATE).is_file():
+        raise OptionError(f"{checkpoint} is not a complete checkpoint: it has no {STATE}.")
+    return checkpoint
 
 
 def _check_state(directory: Path) -> None:

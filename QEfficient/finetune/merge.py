@@ -16,7 +16,6 @@ from torch import nn
 
 from QEfficient.engine.adapter_file import same_model
 from QEfficient.errors import (
-    ArtifactWriteError,
     InputError,
     ModelLoadError,
     OptionError,
@@ -33,7 +32,7 @@ from QEfficient.models.hub import resolve
 from QEfficient.models.source import TOKENIZER_FILES, CheckpointSource
 from QEfficient.progress import Progress, silent
 from QEfficient.safetensors_io import checkpoint_weights, read_header
-from QEfficient.store.files import lacks_room, remove_tree
+from QEfficient.store.files import remove_tree, write_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -354,15 +353,6 @@ def _write(model: Any, tokenizer_dir: Path | None, target: Path, done: MergeRepo
         (place / REPORT_FILE).write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
         publish(place, target.absolute())
     except (OSError, SafetensorError) as error:
-        # Not write_errors(): its advice is about the cache.
-        if lacks_room(error):
-            raise ArtifactWriteError(
-                f"there is no space left to write the merged model to {target}: free some, or choose a directory on "
-                "another disk."
-            ) from error
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ArtifactWriteError(
-            f"the merged model cannot be written to {target} ({reason}): choose a directory that can be written."
-        ) from error
+        raise write_error("the merged model", target, error, cached=False) from error
     finally:
         remove_tree(place)

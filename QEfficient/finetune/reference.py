@@ -72,8 +72,8 @@ def dequantized_weights(program: Path) -> dict[str, np.ndarray]:
 
 def _dequantize(value: ir.Value, scale: ir.Value | None, zero: ir.Value | None) -> np.ndarray:
     node = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
-    axis = _attribute(node, "axis", 1) if node is not None else 0  # gathered tables have a scale per row
-    block = _attribute(node, "block_size", 0) if node is not None else 0
+    axis = node.attributes.get_int("axis", 1) if node is not None else 0  # gathered tables have a scale per row
+    block = node.attributes.get_int("block_size", 0) if node is not None else 0
     numbers = _floats(value)
     scales = _floats(scale)
     zeros = _floats(zero) if zero is not None else np.zeros_like(scales)
@@ -93,8 +93,3 @@ def _floats(value: ir.Value | None) -> np.ndarray:
     assert value.const_value is not None
     array: np.ndarray = value.const_value.numpy().astype(np.float32)
     return array
-
-
-def _attribute(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return int(found.value) if found is not None else default

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from QEfficient.errors import InputError, OptionError
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.arguments import QEffTrainingArgs
-from QEfficient.finetune.checkpoint import STATE, checkpoints, resume_point, staging
+from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.model_manager import QEffModelManager
@@ -274,8 +274,8 @@ class QEfficient:
 
     def _prepare_output(self, output: Path, args: QEffTrainingArgs) -> None:
         asked = args.resume_from_checkpoint
-        if isinstance(asked, str) and not (Path(asked) / STATE).is_file():
-            raise OptionError(f"{asked} is not a complete checkpoint: it has no {STATE}.")
+        if isinstance(asked, str):
+            complete(Path(asked))
         there = next(path for path in (output, *output.absolute().parents) if path.exists())
         if not there.is_dir():
             what = "is a file" if there == output else f"cannot be made, for {there} is a file"

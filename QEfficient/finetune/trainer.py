@@ -255,8 +255,8 @@ class QEffTrainer(Trainer):
 
     def _require_numbers(self) -> None:
         """Raises TrainingError when a trained tensor is not finite: such weights never replace good ones."""
-        for name, array in self._step.file_tensors().items():
-            if not np.isfinite(array).all():
+        for name, parameter in self._step.named_parameters():
+            if not bool(parameter.isfinite().all()):
                 raise self._diverged(f"{name} holds values that are no numbers")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -148,17 +148,26 @@ def lacks_room(error: BaseException | None) -> bool:
     return False
 
 
-def write_error(what: str, path: Path, error: BaseException) -> ArtifactWriteError:
-    """The one-sentence error for ``what`` (a human label) that could not be written to ``path``."""
+def write_error(what: str, path: Path, error: BaseException, *, cached: bool = True) -> ArtifactWriteError:
+    """The one-sentence error for ``what`` (a human label) that could not be written to ``path``.
+
+    What to do about it depends on whether that is the cache or a place the user chose.
+    """
     if lacks_room(error):
-        return ArtifactWriteError(
-            f"There is no space left to write {what} to {path}: free some space on that disk "
-            "(`qefficient cache gc` removes old artefacts) or set QEFF_HOME to a directory on a larger one."
-        )
+        remedy = "free some, or choose a directory on another disk."
+        if cached:
+            remedy = (
+                "free some space on that disk (`qefficient cache gc` removes old artefacts) or set QEFF_HOME to a "
+                "directory on a larger one."
+            )
+        return ArtifactWriteError(f"There is no space left to write {what} to {path}: {remedy}")
     reason = getattr(error, "strerror", None) or str(error)
-    return ArtifactWriteError(
-        f"{what} cannot be written to {path} ({reason}): make it writable or set QEFF_HOME to a directory that is."
+    remedy = (
+        "make it writable or set QEFF_HOME to a directory that is."
+        if cached
+        else ("choose a directory that can be written.")
     )
+    return ArtifactWriteError(f"{what} cannot be written to {path} ({reason}): {remedy}")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def _scale_operand(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     small = product.inputs[0]
     width, result = _last(small), _last(product.outputs[0])
-    if small is None or width is None or result is None or width >= result or _attribute(product, "transA"):
+    if small is None or width is None or result is None or width >= result:
+        return False
+    if product.attributes.get_int("transA", 0):
         return False
     scaled = _new(graph, product, "Mul", [small, scalar], small)
     product.replace_input_with(0, scaled)
@@ -112,7 +114,7 @@ def _sum_in_product(graph: ir.Graph, node: ir.Node) -> bool:
         # The product is read here only, so the other summand cannot depend on it.
         if addend is None:
             continue
-        attributes = {name: _attribute(product, name) for name in ("transA", "transB")}
+        attributes = {name: product.attributes.get_int(name, 0) for name in ("transA", "transB")}
         fused = ir.node(
             "Gemm", [*product.inputs, addend], {k: v for k, v in attributes.items() if v}, name=f"{product.name}/sum"
         )
@@ -190,11 +192,6 @@ def _last(value: ir.Value | None) -> int | None:
         return None
     dim = value.shape[-1]
     return dim if isinstance(dim, int) else None
-
-
-def _attribute(node: ir.Node, name: str) -> int:
-    found = node.attributes.get(name)
-    return int(found.value) if found is not None else 0
 
 
 def _new(graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], like: ir.Value) -> ir.Value:

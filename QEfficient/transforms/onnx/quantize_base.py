@@ -12,16 +12,15 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from QEfficient.errors import OptionError, TransformError
+from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, stream_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import GRADIENT, Maker, forward_nodes, layer_of
+from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_blocks, quantize_rows, register
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 #: Smaller weights are not worth their loss.
 _MIN_ELEMENTS = 1024
-#: Elements converted at a time: what quantising holds in memory besides the result.
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,12 @@ class QuantizeBase(OnnxTransform):
                     return "it is used inside a subgraph"
                 if node.op_type == "Cast" and node.outputs[0].dtype in _FLOATS:
                     todo.append((node.outputs[0], expert))
-                elif node.op_type == "Gather" and place == 0 and _int(node, "axis", 0) == 0 and expert is None:
+                elif (
+                    node.op_type == "Gather"
+                    and place == 0
+                    and node.attributes.get_int("axis", 0) == 0
+                    and expert is None
+                ):
                     index = node.inputs[1].const_value if node.inputs[1] is not None else None
                     if rank == 3 and index is not None and index.size == 1 and len(index.shape) == 0:
                         todo.append((node.outputs[0], int(index.numpy()) % value.const_value.shape[0]))  # type: ignore
@@ -154,7 +158,7 @@ class _Matrix:
         """Chooses axes and bits once all uses are known."""
         for node, place in self.products:
             if node in forward:
-                transposed = bool(_int(node, "transB" if place else "transA", 0))
+                transposed = bool(node.attributes.get_int("transB" if place else "transA", 0))
                 self.inputs = int(transposed) if place else int(not transposed)
                 break
         if self.gathers or layer_of(self.value.name) is None:
@@ -182,26 +186,17 @@ class _Matrix:
             array = array[self.expert]
         # Outputs first: a chunk is a number of whole output channels, however the weight lies in memory.
         array = array if self.inputs == 1 else array.T
-        rows = max(1, _CHUNK // array.shape[1])
         parts = []
-        for start in range(0, array.shape[0], rows):
-            chunk = array[start : start + rows].astype(np.float32)
-            if not np.isfinite(chunk).all():
-                raise TransformError(f"QuantizeBase: {self.name} holds infinities or NaN and cannot be quantised.")
+        for chunk in float_rows(array, QuantizeBase.name, self.name):
             parts.append(quantize_rows(chunk) if self.bits == 8 else quantize_blocks(chunk, self.block))
         for pieces, (dtype, _) in zip(zip(*parts, strict=True), self.described().values(), strict=True):
             whole = np.concatenate(pieces)
             whole = whole if self.inputs == 1 or whole.ndim == 1 else whole.T
-            yield _packed(whole) if dtype.bitwidth == 4 else np.ascontiguousarray(whole).tobytes()
+            yield (pack(whole.reshape(-1), 4) if dtype.bitwidth == 4 else whole).tobytes()
 
     def install(self, graph: ir.Graph, make: Maker, stored: dict[str, FileTensor]) -> None:
         """Lets every use read the stored weight."""
-        parts = []
-        for name in self.described():
-            tensor = stored[name]
-            part = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            graph.register_initializer(part)
-            parts.append(part)
+        parts = register(graph, stored, list(self.described()))
         axes: dict[str, Any] = (
             {"axis": 1 - self.inputs} if self.bits == 8 else {"axis": self.inputs, "block_size": self.block}
         )
@@ -224,46 +219,9 @@ class _Matrix:
             old.replace_all_uses_with(value)
 
 
-def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [n, k] and float32 scales [n] of float32 [n, k]: symmetric, absolute maximum 127, 0 stays 0."""
-    peak = np.abs(x).max(axis=1)
-    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
-    return np.clip(np.rint(x / scale[:, None]), -127, 127).astype(np.int8), scale
-
-
-def quantize_blocks(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """uint8 values 0..15 [n, k], float32 scales and uint8 zero points [n, ceil(k / block)] of float32 [n, k].
-
-    Asymmetric; the range of a block always contains 0, which therefore stays 0 exactly.
-    """
-    n, k = x.shape
-    count = math.ceil(k / block)
-    padded = np.zeros((n, count * block), np.float32)
-    padded[:, :k] = x
-    blocks = padded.reshape(n, count, block)
-    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-    scale = np.where(high > low, (high - low) / 15, 1).astype(np.float32)
-    zero = np.clip(np.rint(-low / scale), 0, 15)
-    values = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, 15)
-    return values.reshape(n, -1)[:, :k].astype(np.uint8), scale, zero.astype(np.uint8)
-
-
-def _packed(values: np.ndarray) -> bytes:
-    """Two 4-bit values per byte, the first in the low half, as ONNX stores them."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return (flat[::2] | (flat[1::2] << 4)).tobytes()
-
-
 def _in_dtype(make: Maker, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     if dtype is None or dtype == ir.DataType.FLOAT:
         return value
     cast = make.op("Cast", value, to=dtype.value)
     cast.type, cast.shape = ir.TensorType(dtype), value.shape
     return cast
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return found.as_int() if found is not None else default

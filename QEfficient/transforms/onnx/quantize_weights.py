@@ -12,17 +12,16 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from QEfficient.errors import OptionError, TransformError
+from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, file_tensors, stream_tensors, write_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
+from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_groups, register
 
 DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 #: Smaller weights are not worth their loss.
 _MIN_ELEMENTS = 4096
-#: Elements converted at a time: what quantizing holds in memory besides the result.
-_CHUNK = 1 << 22
 #: Block sizes that ONNX Runtime's kernels take.
 _GROUPS = (16, 32, 64, 128, 256)
 
@@ -115,7 +114,7 @@ class QuantizeWeights(OnnxTransform):
                     todo.append((node.outputs[0], turned))
                 elif node.op_type == "Transpose":
                     todo.append((node.outputs[0], not turned))
-                elif node.op_type == "Gather" and place == 0 and not turned and not _attribute(node, "axis"):
+                elif node.op_type == "Gather" and place == 0 and not turned and not node.attributes.get_int("axis", 0):
                     weight.gathers.append(node)
                     layouts.add(True)
                 elif node.op_type == "MatMul" and place == 1:
@@ -123,7 +122,7 @@ class QuantizeWeights(OnnxTransform):
                     layouts.add(turned)
                 elif node.op_type == "Gemm" and place == 1 and _plain(node):
                     weight.products.append(node)
-                    layouts.add(turned != bool(_attribute(node, "transB")))
+                    layouts.add(turned != bool(node.attributes.get_int("transB", 0)))
                 else:
                     return f"{node.op_type} reads it"
         if len(layouts) > 1:
@@ -182,12 +181,8 @@ class _Weight:
         """The bytes of `described`; holds one quantized weight, and floats of a few rows, in memory."""
         array = self.tensor.numpy()
         array = array if self.outputs_first else array.T
-        rows = max(1, _CHUNK // array.shape[1])
         parts = []
-        for start in range(0, array.shape[0], rows):
-            chunk = array[start : start + rows].astype(np.float32)
-            if not np.isfinite(chunk).all():
-                raise TransformError(f"QuantizeWeights: {self.value.name} holds infinities or NaN.")
+        for chunk in float_rows(array, QuantizeWeights.name, self.value.name):
             values, scale, zero = quantize_groups(chunk, self.bits, self.group, self.symmetric)
             parts.append((pack(values, self.bits), scale, pack(zero, self.bits)))
         for pieces, _ in zip(zip(*parts, strict=True), self.described(), strict=False):
@@ -195,12 +190,7 @@ class _Weight:
 
     def install(self, graph: ir.Graph, make: Maker, stored: dict[str, FileTensor], accuracy: int) -> None:
         """Lets every use read the stored weight."""
-        parts = []
-        for name in self.described():
-            tensor = stored[name]
-            part = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            graph.register_initializer(part)
-            parts.append(part)
+        parts = register(graph, stored, list(self.described()))
         outputs, inputs = self.size
         for node in self.products:
             old = node.outputs[0]
@@ -239,40 +229,6 @@ def _leave_files(model: ir.Model, files: set[Path], workspace: Path) -> None:
         model.graph.initializers[name].const_value = tensor
 
 
-def quantize_groups(x: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unsigned values [n, groups, group], float32 scales and unsigned zero points [n, groups] of float32 [n, k].
-
-    ``x ≈ (value - zero) * scale``. Symmetric: the zero point is half the range and the scale has the sign that makes
-    the element of largest magnitude the lowest value, which has no positive counterpart. Otherwise the range of a
-    group always contains 0, which stays 0 exactly.
-    """
-    n, k = x.shape
-    count, top, half = math.ceil(k / group), 2**bits - 1, 2 ** (bits - 1)
-    padded = np.zeros((n, count * group), np.float32)
-    padded[:, :k] = x
-    blocks = padded.reshape(n, count, group)
-    if symmetric:
-        peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-        scale = np.where(peak != 0, peak / -half, 1).astype(np.float32)
-        zero = np.full(scale.shape, half, np.float32)
-    else:
-        low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-        scale = np.where(high > low, (high - low) / top, 1).astype(np.float32)
-        zero = np.clip(np.rint(-low / scale), 0, top)
-    values = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, top)
-    return values.astype(np.uint8), scale, zero.astype(np.uint8)
-
-
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes along the last axis: with 4 bits two values each, the first in the low half."""
-    if bits == 8:
-        return values
-    if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
-    packed: np.ndarray = values[..., ::2] | (values[..., 1::2] << 4)
-    return packed
-
-
 def _as_float(make: Maker, value: ir.Value | None) -> ir.Value:
     assert value is not None
     if value.dtype in (None, ir.DataType.FLOAT):
@@ -283,9 +239,4 @@ def _as_float(make: Maker, value: ir.Value | None) -> ir.Value:
 def _plain(node: ir.Node) -> bool:
     """Whether a Gemm is a product and a sum, without factors or a transposed first operand."""
     factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
-    return not _attribute(node, "transA") and all(factor == 1 for factor in factors)
-
-
-def _attribute(node: ir.Node, name: str) -> int:
-    found = node.attributes.get(name)
-    return found.as_int() if found is not None else 0
+    return not node.attributes.get_int("transA", 0) and all(factor == 1 for factor in factors)

@@ -42,7 +42,7 @@ class Recompute(OnnxTransform):
     whole number in the names of weights. The price is at most one more forward pass; gradients stay the same.
 
     A host session gains from this only when nodes run in the graph's order and memory is not planned ahead
-    (``Manifest.runtime``: ``order`` "priority", ``optimization`` "basic", ``memory_pattern`` False).
+    (``Manifest.runtime``: ``order`` "priority", ``optimization`` "none", ``memory_pattern`` False).
 
     Parameters:
         keep: ``nothing`` of a layer but its input; or ``products``: results of matrix products and other costly

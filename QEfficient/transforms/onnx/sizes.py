@@ -104,14 +104,15 @@ class Sizes:
             return ()
         first, kind = shapes[0], node.op_type
         if kind == "Shape":
-            return (len(range(len(first))[_int(node, "start", 0) : _int(node, "end", len(first))]),)
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(first))
+            return (len(range(len(first))[start:end]),)
         if kind in _PRODUCTS:
             return _product(node, shapes)
         if kind == "Gather" and first:
-            axis = _int(node, "axis", 0) % len(first)
+            axis = node.attributes.get_int("axis", 0) % len(first)
             return (*first[:axis], *shapes[1], *first[axis + 1 :])
         if kind == "Concat":
-            axis = _int(node, "axis", 0) % len(first)
+            axis = node.attributes.get_int("axis", 0) % len(first)
             return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
         if kind == "Slice":
             return self._slice(node, first)
@@ -123,9 +124,10 @@ class Sizes:
             gone = {axis % len(first) for axis in _constants(node, 1) or [i for i, d in enumerate(first) if d == 1]}
             return tuple(d for axis, d in enumerate(first) if axis not in gone)
         if kind.startswith("Reduce") or kind == "ArgMax":
-            given = [_int(node, "axis", 0)] if kind == "ArgMax" else _constants(node, 1) or list(range(len(first)))
+            reduced = [node.attributes.get_int("axis", 0)] if kind == "ArgMax" else _constants(node, 1)
+            given = reduced or list(range(len(first)))
             axes = {axis % max(1, len(first)) for axis in given}
-            keep = _int(node, "keepdims", 1)
+            keep = node.attributes.get_int("keepdims", 1)
             return tuple(1 if axis in axes else d for axis, d in enumerate(first) if keep or axis not in axes)
         try:
             return np.broadcast_shapes(*shapes)
@@ -159,7 +161,7 @@ class Sizes:
             if producer.op_type in _COMPARISONS:
                 return ir.DataType.BOOL
             if producer.op_type == "Cast":
-                return ir.DataType(_int(producer, "to", 1))
+                return ir.DataType(producer.attributes.get_int("to", 1))
             if producer.op_type in ("Shape", "Size"):
                 return ir.DataType.INT64
             known = [v for v in producer.inputs if v is not None]
@@ -172,13 +174,11 @@ class Sizes:
 def _product(node: ir.Node, shapes: list[Dims]) -> Dims:
     a, b = shapes[0], shapes[1]
     if node.op_type == "Gemm":
-        return (a[1] if _int(node, "transA", 0) else a[0], b[0] if _int(node, "transB", 0) else b[1])
+        return (
+            a[1] if node.attributes.get_int("transA", 0) else a[0],
+            b[0] if node.attributes.get_int("transB", 0) else b[1],
+        )
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return int(found.value) if found is not None else default
 
 
 def _constants(node: ir.Node, place: int) -> list[int] | None:
