@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ def compile(
     pooling: Pooling = None,
     cache_dir: CacheDir = None,
     trust_remote_code: TrustRemoteCode = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also list what each transform changed, and what it left and why.")
+    ] = False,
 ) -> None:
     """Makes a package that runs without torch and without the checkpoint, and prints its path.
 
@@ -41,6 +44,7 @@ def compile(
     [bold]Examples[/bold]
 
     qefficient compile ./my-model --ctx-len 2048 --output ./my-package
+    qefficient compile ./my-model --weights int4 --explain
     qefficient compile ./my-encoder --pooling mean --seq-len 128 --seq-len 512
     qefficient compile ./my-model --transform FP16Clip --transform SplitWeights:max_shard_size=1GB
     """
@@ -61,6 +65,8 @@ def compile(
         wrapped = wrap(model, task=task, pooling=pooling, trust_remote_code=trust_remote_code, cache_home_dir=cache_dir)
         package = wrapped.compile(compile_dir=output, transforms=transform or (), **options)
     summarize(package)
+    if explain:
+        print_transforms(package)
     typer.echo(package)
 
 
@@ -80,3 +86,37 @@ def summarize(package: Path) -> None:
     table.add_row("transforms", escape(", ".join(str(t["name"]) for t in manifest.transforms)) or "none")
     table.add_row("size", human_size(sum(file.size for file in manifest.files.values())))
     Console(stderr=True).print(table)
+
+
+def print_transforms(package: Path) -> None:
+    """Prints what the manifest says about each transform that ran, as a table on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from QEfficient.targets.manifest import Manifest
+
+    table = Table("program", "transform", "what it did")
+    for record in Manifest.load(package).transforms:
+        facts = record.get("facts") or {}
+        lines = [line for name, value in facts.items() for line in _fact_lines(name, value)]
+        table.add_row(record.get("program") or "all", str(record["name"]), escape("\n".join(lines) or "nothing to do"))
+    Console(stderr=True).print(table)
+
+
+def _fact_lines(name: str, value: Any) -> list[str]:
+    """A fact in words; places that were left for one reason are counted together."""
+    label = name.replace("_", " ")
+    if not isinstance(value, dict):
+        return [
+            f"{label}: {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{label}: {value}"
+        ]
+    if name == "left":
+        by_reason: dict[str, list[str]] = {}
+        for place, reason in value.items():
+            by_reason.setdefault(str(reason), []).append(str(place))
+        return [
+            f"left {', '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
+            for reason, places in by_reason.items()
+        ]
+    return [f"{label}: {', '.join(f'{count} {kind}' for kind, count in value.items() if count)}"] if value else []

@@ -55,6 +55,26 @@ class TargetFlags:
         str,
         typer.Option(metavar="NAME", help="Where the package runs; see qefficient doctor.", rich_help_panel=_TARGET),
     ] = "host"
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="How matrices are stored: fp32 (as in the checkpoint), int8, int4 or mixed. (host only)",
+            rich_help_panel=_TARGET,
+        ),
+    ] = "fp32"
+    group_size: Annotated[
+        int | None,
+        _size("Inputs that share a scale in int4: 16 to 256; smaller is more exact. (host only)", _TARGET),
+    ] = None
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Replace parts of the graph by larger operators; --no-fuse runs it as exported. (host only)",
+            rich_help_panel=_TARGET,
+        ),
+    ] = True
     num_cores: Annotated[int | None, _size("Cores of the accelerator. (Cloud AI only)", _TARGET)] = None
     num_devices: Annotated[int | None, _size("Accelerators to spread the model over. (Cloud AI only)", _TARGET)] = None
     device_group: Annotated[

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from QEfficient.engine.row_prefill import DECODE, PREFILL, RowPrefill
 from QEfficient.engine.sampling import Sampler
 from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import FinishReason, Stopping
 from QEfficient.errors import ContextLengthError, PackageError
 from QEfficient.targets.base import Session
-
-PREFILL, DECODE = "Prefill", "Decode"
 
 
 @dataclass
@@ -87,6 +86,7 @@ class TokenLoop:
         prefill = manifest.specialization(PREFILL).symbols
         self.indexed = any(spec.name == "batch_index" for spec in manifest.inputs)
         self.chunk, self.prefill_rows = prefill["seq_len"], prefill["batch_size"]
+        self._row_prefill = RowPrefill(session) if manifest.specialization(PREFILL).by_row else None
         self.decode_rows = manifest.specialization(DECODE).symbols["batch_size"]
         capacity = prefill["ctx_len"].exact
         if capacity is None:
@@ -171,6 +171,9 @@ class TokenLoop:
 
     def _prefill(self, slots: list[int], active: list[Request | None]) -> np.ndarray:
         """Feeds the prompts of ``slots`` in chunks; float32 [len(slots), vocab], each row's own last logits."""
+        if self._row_prefill is not None:
+            entered = [(slot, active[slot]) for slot in slots]
+            return np.stack([self._row_prefill.feed(r.prompt, 0, slot) for slot, r in entered if r is not None])
         rows = list(slots) if self.indexed else list(range(len(active)))
         # Rows that only fill a fixed batch are idle, in slots nobody writes to in this call.
         spare = [slot for slot in range(len(active)) if slot not in rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from QEfficient.engine.loop import DECODE, PREFILL
+from QEfficient.engine.row_prefill import DECODE, PREFILL, RowPrefill
 from QEfficient.exporter.interface import Interface
 from QEfficient.targets.base import Session
 
@@ -74,6 +74,7 @@ class SessionSteps:
     def __init__(self, session: Session) -> None:
         self.session = session
         symbols = session.manifest.specialization(PREFILL).symbols
+        self.by_row = session.manifest.specialization(PREFILL).by_row
         self.chunk = symbols["seq_len"]
         self.rows = symbols["full_batch_size"].exact if "full_batch_size" in symbols else None
 
@@ -83,6 +84,8 @@ class SessionSteps:
         self.session.begin({**rows, "ctx_len": capacity})
 
     def step(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if self.by_row and ids.shape[1] > 1:
+            return RowPrefill(self.session).feed(ids[0], int(positions[0, 0]), 0)
         logits = np.zeros(0, np.float32)
         width = self.chunk.maximum or ids.shape[1]
         for start in range(0, ids.shape[1], width):

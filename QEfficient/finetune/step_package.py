@@ -87,7 +87,7 @@ class StepOptions:
             chosen.append(f"ChunkedLoss:chunks={self.loss_chunks or (8 if vocabulary >= 8192 else 1)}")
         if self.recompute != "none":
             chosen.append(f"Recompute:keep={'products' if self.recompute == 'products' else 'nothing'}")
-        chosen.extend(get_target(self.target).transforms(TASK))
+        chosen.extend(get_target(self.target).transforms(TASK, self.compile_options()))
         return resolve([*chosen, *self.transforms])
 
     def compile_options(self) -> CompileOptions:

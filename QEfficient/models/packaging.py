@@ -24,6 +24,8 @@ from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.registry import compiling_target
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from QEfficient.transforms.onnx.base import OnnxTransform
 
 logger = logging.getLogger("QEfficient")
@@ -55,6 +57,7 @@ def compile_export(
     ignored = options.cloud_only_set()
     if target.name == "host" and ignored:
         logger.warning("recorded, but without effect on the host target: %s", ", ".join(ignored))
+    # What the target adds to the queue follows from its options and the code, which are in the key.
     key = keys.package_key(export_key, [t.identity() for t in queue], options.to_json(), target.toolchain())
     found = store.get(PACKAGES, key)
     if found is not None:
@@ -168,11 +171,20 @@ def write_package(
         key=key,
     )
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=place) as scratch:
-        onnx_path, records, lifted = _transformed(directory / ONNX_FILE, interface, queue, Path(scratch), report)
+        workshop = Workshop(interface, Path(scratch), report)
+        # The queue of a training step is complete: it decides itself where the target's transforms stand.
+        wanted = () if interface.task == "training" else target.transforms(interface.task, options)
+        onnx_path, lifted = workshop.run(directory / ONNX_FILE, [*queue, *_resolved(wanted)])
         manifest = manifest.replace(parameters=(*interface.parameters, *lifted))
+
+        def variant(program: str, names: Sequence[str]) -> ir.Model:
+            return workshop.variant(onnx_path, _resolved(names), program)
+
         with _blaming(queue):
-            manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report))
-    manifest = manifest.replace(transforms=records)
+            manifest = target.compile(
+                CompileRequest(onnx_path, place, manifest, options, report, variant, Path(scratch))
+            )
+    manifest = manifest.replace(transforms=workshop.records)
     if queue and target.check().can_run and not options.dry_run:
         with _blaming(queue):
             target.load(place, manifest).close()
@@ -206,30 +218,62 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _transformed(
-    onnx_path: Path, interface: Interface, queue: Sequence[OnnxTransform], scratch: Path, report: Progress
-) -> tuple[Path, list[dict[str, Any]], tuple[TensorSpec, ...]]:
-    """Runs the transform queue; returns the graph to compile, the manifest records and inputs that were added."""
-    if not queue:
-        return onnx_path, [], ()
-    from QEfficient.onnx_io import load_model, save_model, weight_files
-    from QEfficient.transforms.onnx.queue import run_queue
+class Workshop:
+    """Runs transform queues on copies of a graph, with a directory for each, and keeps the manifest records."""
 
-    workspace, result = scratch / "work", scratch / "transformed"
-    workspace.mkdir()
-    result.mkdir()
-    model = load_model(onnx_path)
-    records = run_queue(model, queue, workspace, report)
-    for location, file in weight_files(model).items():
-        place_file(file, result / location)
-    save_model(model, result / ONNX_FILE)
-    known = {t.name for t in (*interface.inputs, *interface.parameters)} | {s.input for s in interface.states}
-    lifted = tuple(
-        TensorSpec(str(value.name), value.dtype.numpy().name, tuple(value.shape.numpy()))
-        for value in model.graph.inputs
-        if value.name not in known and value.dtype is not None and value.shape is not None and value.shape.is_static()
-    )
-    return result / ONNX_FILE, records, lifted
+    def __init__(self, interface: Interface, scratch: Path, report: Progress) -> None:
+        self.interface, self.scratch, self.report = interface, scratch, report
+        self.records: list[dict[str, Any]] = []
+        self._count = 0
+
+    def run(self, onnx_path: Path, queue: Sequence[OnnxTransform]) -> tuple[Path, tuple[TensorSpec, ...]]:
+        """The graph after the queue, and inputs that were added; without a queue the graph itself."""
+        if not queue:
+            return onnx_path, ()
+        from QEfficient.onnx_io import save_model, weight_files
+
+        model = self.variant(onnx_path, queue, "")
+        result = self._room("transformed")
+        for location, file in weight_files(model).items():
+            place_file(file, result / location)
+        save_model(model, result / ONNX_FILE)
+        return result / ONNX_FILE, self._lifted(model)
+
+    def variant(self, onnx_path: Path, queue: Sequence[OnnxTransform], program: str) -> ir.Model:
+        """The graph after the queue, in memory; ``program`` is what it is for, in the manifest's words."""
+        from QEfficient.onnx_io import load_model
+        from QEfficient.transforms.onnx.queue import run_queue
+
+        model = load_model(onnx_path)
+        records = run_queue(model, queue, self._room("work"), self.report)
+        self.records += [{**record, "program": program} for record in records] if program else records
+        return model
+
+    def _room(self, name: str) -> Path:
+        self._count += 1
+        place = self.scratch / f"{self._count}-{name}"
+        place.mkdir()
+        return place
+
+    def _lifted(self, model: ir.Model) -> tuple[TensorSpec, ...]:
+        interface = self.interface
+        known = {t.name for t in (*interface.inputs, *interface.parameters)} | {s.input for s in interface.states}
+        return tuple(
+            TensorSpec(str(value.name), value.dtype.numpy().name, tuple(value.shape.numpy()))
+            for value in model.graph.inputs
+            if value.name not in known
+            and value.dtype is not None
+            and value.shape is not None
+            and value.shape.is_static()
+        )
+
+
+def _resolved(names: Sequence[str]) -> list[OnnxTransform]:
+    if not names:
+        return []
+    from QEfficient.transforms.onnx.queue import resolve
+
+    return resolve(names)
 
 
 def write_side_files(

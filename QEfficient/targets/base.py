@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 from QEfficient.targets.manifest import Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
@@ -45,10 +48,14 @@ class Session(Protocol):
             InputError: a name, dtype or shape differs from the manifest.
         """
 
-    def run(self, feeds: Mapping[str, np.ndarray], specialization: str) -> dict[str, np.ndarray]:
-        """Runs one step and returns the outputs that are not retained state.
+    def run(
+        self, feeds: Mapping[str, np.ndarray], specialization: str, row: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Runs one step and returns the outputs that are not retained state, as far as the specialization has them.
 
-        Returned arrays may be views of buffers that the next call overwrites.
+        Returned arrays may be views of buffers that the next call overwrites. ``row`` runs a batch of one on that row
+        of the state, where rows of state are rows of the batch; only targets whose specialization asks for it
+        (`Specialization.by_row`) take it.
 
         Raises:
             InputError: a name, dtype or rank differs from the manifest.
@@ -68,6 +75,11 @@ class CompileRequest:
     manifest: Manifest
     options: CompileOptions
     progress: Callable[[str, int, int], None]
+    #: ``variant(program, names)`` loads the graph, runs more ONNX transforms on it, as the queue spells them, and
+    #: returns it; the manifest will say that they made ``program``.
+    variant: Callable[[str, Sequence[str]], ir.Model]
+    #: Files below it were made for this package only: a target need not keep them whole.
+    scratch: Path
 
 
 class Target(Protocol):
@@ -78,8 +90,11 @@ class Target(Protocol):
     def check(self) -> Availability:
         """Says what this target can do here; starts nothing expensive."""
 
-    def transforms(self, task: str) -> tuple[str, ...]:
-        """ONNX transforms a graph of this task needs before this target takes it, as the queue spells them."""
+    def transforms(self, task: str, options: CompileOptions) -> tuple[str, ...]:
+        """ONNX transforms this target wants for a graph of this task, as the queue spells them.
+
+        They run after the user's own. ``options`` are normalised.
+        """
 
     def normalise(self, options: CompileOptions) -> CompileOptions:
         """Fills in this target's defaults so that equal meanings have equal cache keys; raises OptionError."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -14,7 +16,17 @@ from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import DimRange, Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
 
-PROGRAM_FILE = "program.onnx"
+PROGRAM_FILE, PREFILL_FILE = "program.onnx", "prefill.onnx"
+#: Decoding reads every weight for one row: fewer, larger products keep both cores reading.
+DECODE_TRANSFORMS = ("MergeProducts",)
+#: A prompt has many rows: int8 products with a scale per row; nothing is returned, so no head and no last layer.
+PREFILL_TRANSFORMS = ("StateOnly", "RowScaledProducts")
+#: The int8 kernels of many rows are as fast on weights as they lie in the file, which then stay mapped and shared.
+PREFILL_RUNTIME = {"prepacking": False}
+#: So many rows are as fast in the program for one row as in the one for many.
+TAIL_TOKENS = 4
+#: Inputs that share a scale in int4 when nothing is asked for.
+DEFAULT_GROUP = 128
 
 #: Prompt tokens per step when nothing is asked for: enough rows for the matrix kernels to reach their speed.
 DEFAULT_PREFILL = 128
@@ -44,13 +56,26 @@ class HostTarget:
     def toolchain(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
 
-    def transforms(self, task: str) -> tuple[str, ...]:
-        return ()  # ONNX Runtime takes every operator we write
+    def transforms(self, task: str, options: CompileOptions) -> tuple[str, ...]:
+        """Larger operators that compute the same, then the precision of weights that was asked for."""
+        if task == "training":
+            return ()
+        wanted = []
+        # With batch_index rows of the batch are not rows of the state, which the fused attention takes for granted.
+        if options.fuse and task == "text-generation" and options.full_batch_size is None:
+            wanted.append(f"FuseAttention:ctx_len={options.ctx_len}")
+        if options.weights == "int8":
+            wanted.append("QuantizeWeights:bits=8,group_size=channel")
+        elif options.weights == "int4":
+            wanted.append(f"QuantizeWeights:bits=4,group_size={options.group_size}")
+        return tuple(wanted)
 
     def normalise(self, options: CompileOptions) -> CompileOptions:
         if options.dry_run:
             raise OptionError("the host target needs no SDK and compiles here: leave out dry_run.")
         options = options.replace(target=self.name)
+        if options.weights in ("int4", "mixed"):
+            options = options.replace(group_size=options.group_size or DEFAULT_GROUP)
         if options.ctx_len is None:
             return options
         prefill = options.prefill_seq_len or min(DEFAULT_PREFILL, options.ctx_len)
@@ -74,31 +99,55 @@ class HostTarget:
         if options.ctx_len is None or options.prefill_seq_len is None:
             raise OptionError("a causal package needs ctx_len and prefill_seq_len.")
         shared = {"ctx_len": DimRange.exactly(options.ctx_len)}
+        # One prompt at a time: no padding between prompts of different length, and a row of state is contiguous.
+        by_row = options.fuse and options.full_batch_size is None
         rows = DimRange(1, options.batch_size)
+        prompts = DimRange.exactly(1) if by_row else rows
         if options.full_batch_size is not None:
             shared["full_batch_size"] = DimRange.exactly(options.kv_cache_batch_size or options.full_batch_size)
-            rows = DimRange(1, options.full_batch_size)
-        prefill = {"batch_size": rows, "seq_len": DimRange(1, options.prefill_seq_len), **shared}
+            rows = prompts = DimRange(1, options.full_batch_size)
+        prefill = {"batch_size": prompts, "seq_len": DimRange(1, options.prefill_seq_len), **shared}
         decode = {"batch_size": rows, "seq_len": DimRange.exactly(1), **shared}
-        return Specialization("Prefill", prefill), Specialization("Decode", decode)
+        return Specialization("Prefill", prefill, by_row=by_row), Specialization("Decode", decode)
 
     def compile(self, request: CompileRequest) -> Manifest:
-        """Writes ``program.onnx`` and ``weights/``; marks the states that can be updated in their own buffer."""
+        """Writes the programs and ``weights/``; marks the states that can be updated in their own buffer."""
         from QEfficient.onnx_io import load_model, save_model
         from QEfficient.targets.host_program import in_place_states
         from QEfficient.targets.program_files import place_weights
 
-        model = load_model(request.onnx_path)
-        place_weights(model, request)
-        save_model(model, request.directory / PROGRAM_FILE)
-        aliased = in_place_states(model, request.manifest.states)
-        runtime = TRAINING_RUNTIME if request.manifest.task == "training" else {}
-        return request.manifest.replace(program=PROGRAM_FILE, states=aliased, runtime=runtime)
+        manifest, options = request.manifest, request.options
+        programs, runtime = {}, TRAINING_RUNTIME if manifest.task == "training" else {}
+        specializations = manifest.specializations
+        if manifest.task == "text-generation" and options.fuse and options.weights != "fp32":
+            programs[PROGRAM_FILE] = request.variant(PROGRAM_FILE, DECODE_TRANSFORMS)
+            if options.full_batch_size is None:
+                programs[PREFILL_FILE] = request.variant(PREFILL_FILE, PREFILL_TRANSFORMS)
+                runtime = {"programs": {PREFILL_FILE: PREFILL_RUNTIME}}
+                specializations = _two_programs(specializations)
+        else:
+            programs[PROGRAM_FILE] = load_model(request.onnx_path)
+        place_weights(list(programs.values()), request)
+        for file, model in programs.items():
+            save_model(model, request.directory / file)
+        states = in_place_states(list(programs.values()), manifest.states)
+        return manifest.replace(program=PROGRAM_FILE, states=states, runtime=runtime, specializations=specializations)
 
     def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> HostSession:
         if manifest.target != self.name:
             raise PackageError(f"{directory} was compiled for {manifest.target!r}, not for this target.")
         return HostSession(directory, manifest, threads or available_cores())
+
+
+def _two_programs(specializations: Sequence[Specialization]) -> tuple[Specialization, ...]:
+    """Prefill runs the program that only writes state; the last tokens of a prompt run the whole one, as Tail."""
+    prefill, decode = specializations
+    tail = {**prefill.symbols, "seq_len": DimRange(1, TAIL_TOKENS)}
+    return (
+        dataclasses.replace(prefill, program=PREFILL_FILE),
+        Specialization("Tail", tail, by_row=True),
+        decode,
+    )
 
 
 def available_cores() -> int:

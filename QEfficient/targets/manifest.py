@@ -81,10 +81,17 @@ class DimRange:
 
 @dataclass(frozen=True)
 class Specialization:
-    """A named set of dimension values, chosen at compile time."""
+    """A named set of dimension values, chosen at compile time.
+
+    Attributes:
+        program: file of a program of its own; the package's program when empty.
+        by_row: a batch of one for a state of many rows, each prompt on the row it belongs to.
+    """
 
     name: str
     symbols: dict[str, DimRange]
+    program: str = ""
+    by_row: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.symbols.items())})"
@@ -187,7 +194,7 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         values[kind] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[kind])
     values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in values["states"])
     values["specializations"] = tuple(
-        Specialization(s["name"], {k: DimRange(**r) for k, r in s["symbols"].items()})
+        Specialization(**{**s, "symbols": {k: DimRange(**r) for k, r in s["symbols"].items()}})
         for s in values["specializations"]
     )
     values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}

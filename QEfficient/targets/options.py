@@ -21,6 +21,11 @@ CLOUD_ONLY = (
     "allow_mxint8_mdp_io",
 )
 
+#: How matrices can be stored.
+WEIGHTS = ("fp32", "int8", "int4", "mixed")
+#: Group sizes that ONNX Runtime's kernels take.
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
 #: Spellings people use for an option of another name (lesson: a swallowed `mxfp6=True` compiled without MXFP6).
 ALIASES = {
     "mxfp6": "mxfp6_matmul",
@@ -30,6 +35,10 @@ ALIASES = {
     "context_length": "ctx_len",
     "mdp_ts_num_devices": "num_devices",
     "aic_num_cores": "num_cores",
+    "precision": "weights",
+    "quantization": "weights",
+    "bits": "weights",
+    "block_size": "group_size",
 }
 
 
@@ -48,6 +57,11 @@ class CompileOptions:
         prefill_seq_len: most prompt tokens fed in one step; longer prompts are fed in chunks.
         ctx_len: capacity of the KV state, prompt and generated tokens together.
         seq_len: compiled input length(s) of an encoder; None means any length up to the model's maximum.
+        weights: how matrices are stored: ``fp32`` as in the checkpoint and computed in float32, ``int8``, ``int4``, or
+            ``mixed``, int4 with those matrices in int8 that lose most. Host only.
+        group_size: inputs that share a scale in ``int4`` and ``mixed``: 16, 32, 64, 128 or 256. Smaller is more exact,
+            larger is faster. None takes the host's default.
+        fuse: let the host replace parts of the graph by larger operators; False runs the exported graph as it is.
         num_cores, num_devices, device_group, mxfp6_matmul, mxint8_kv_cache, mos, aic_enable_depth_first,
             allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host.
         dry_run: write what a target's compiler takes without compiling, for a target whose SDK is not here. Such a
@@ -61,6 +75,9 @@ class CompileOptions:
     prefill_seq_len: int | None = None
     ctx_len: int | None = None
     seq_len: tuple[int, ...] | None = None
+    weights: str = "fp32"
+    group_size: int | None = None
+    fuse: bool = True
     num_cores: int | None = None
     num_devices: int | None = None
     device_group: tuple[int, ...] | None = None
@@ -93,9 +110,11 @@ class CompileOptions:
             _positive(name, getattr(self, name))
         for name in ("num_cores", "num_devices"):
             _positive(name, getattr(self, name))
-        for name in ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io", "dry_run"):
+        flags = ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io", "dry_run", "fuse")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_weights()
         if not isinstance(self.target, str):
             raise OptionError(f"target must be a name such as 'host', got {self.target!r}.")
         if self.mos is not None and (isinstance(self.mos, bool) or not isinstance(self.mos, int)):
@@ -134,6 +153,16 @@ class CompileOptions:
             )
         if self.seq_len is not None and (self.ctx_len is not None or self.prefill_seq_len is not None):
             raise OptionError("seq_len is for encoders, ctx_len and prefill_seq_len for causal models: give one kind.")
+
+    def _check_weights(self) -> None:
+        if self.weights not in WEIGHTS:
+            hint = did_you_mean(self.weights, WEIGHTS) if isinstance(self.weights, str) else ""
+            raise OptionError(f"weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}.{hint}")
+        if self.group_size is not None:
+            if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+                raise OptionError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size!r}.")
+            if self.weights not in ("int4", "mixed"):
+                raise OptionError(f"group_size goes with weights='int4' or 'mixed', not {self.weights!r}.")
 
     def replace(self, **changes: Any) -> CompileOptions:
         return dataclasses.replace(self, **changes)

@@ -74,11 +74,15 @@ class QaicTarget:
             return {"qaic": "not installed"}
         return {"qaic": f"{self._sdk.compiler.name} {self._sdk.version or 'unknown'}"}
 
-    def transforms(self, task: str) -> tuple[str, ...]:
+    def transforms(self, task: str, options: CompileOptions) -> tuple[str, ...]:
         """A training step needs operators the compiler has, and constants that fit 16 bits."""
         return (f"FixTrainingOps:profile={self.name}", "FP16Clip") if task == "training" else ()
 
     def normalise(self, options: CompileOptions) -> CompileOptions:
+        if options.weights != "fp32":
+            raise OptionError(
+                f"weights={options.weights!r} is for the host; on Cloud AI 100 mxfp6_matmul=True compresses weights."
+            )
         cores = options.num_cores or MAX_CORES
         if cores > MAX_CORES:
             raise OptionError(
@@ -244,11 +248,11 @@ def _write_graph(request: CompileRequest) -> None:
     import onnx_ir as ir
 
     from QEfficient.onnx_io import load_model, save_model
-    from QEfficient.targets.host_session import check_program
+    from QEfficient.targets.host_runtime import check_program
     from QEfficient.targets.program_files import place_weights
 
     model = load_model(request.onnx_path)
-    place_weights(model, request)
+    place_weights([model], request)
     inputs = {value.name: value for value in model.graph.inputs}
     for spec in request.manifest.parameters:
         value = inputs[spec.name]

@@ -51,6 +51,15 @@ def llama(shared_home, tmp_path_factory) -> Built:
 
 
 @pytest.fixture(scope="session")
+def unfused_llama(shared_home, tmp_path_factory) -> Built:
+    """The same model with its graph as it was exported, whose prompts run side by side."""
+    hf = tiny_causal_lm("llama")
+    checkpoint = _checkpoint(hf, tmp_path_factory.mktemp("checkpoints") / "llama")
+    model = QEFFAutoModelForCausalLM.from_pretrained(checkpoint, cache_home_dir=shared_home)
+    return Built(hf, checkpoint, model.compile(ctx_len=CTX_LEN, prefill_seq_len=PREFILL, fuse=False))
+
+
+@pytest.fixture(scope="session")
 def bert(shared_home, tmp_path_factory) -> Built:
     hf = tiny_encoder("bert")
     checkpoint = _checkpoint(hf, tmp_path_factory.mktemp("checkpoints") / "bert")

@@ -16,9 +16,15 @@ CTX = 48
 PROMPT = np.array([sample_prompt(6), sample_prompt(6, seed=1)])
 
 
+@pytest.fixture(scope="session")
+def exported(unfused_llama):
+    """The graph as it was exported: prompts run side by side, so a batch has two rows here."""
+    return unfused_llama
+
+
 @pytest.fixture
-def session(llama):
-    session = HostSession(llama.package, Manifest.load(llama.package), 1)
+def session(exported):
+    session = HostSession(exported.package, Manifest.load(exported.package), 1)
     session.begin({"batch_size": 2, "ctx_len": CTX})
     return session
 
@@ -88,14 +94,14 @@ def test_run_checks_the_context_of_begin(session):
         session.run(feeds(PROMPT), "Prefill")
 
 
-def test_run_before_begin(llama):
-    fresh = HostSession(llama.package, Manifest.load(llama.package), 1)
+def test_run_before_begin(exported):
+    fresh = HostSession(exported.package, Manifest.load(exported.package), 1)
     with pytest.raises(QEfficientError, match=r"call begin\(\) before run\(\)") as caught:
         fresh.run(feeds(PROMPT), "Prefill")
     one_line(caught.value)
 
 
-def test_use_after_close(session, llama):
+def test_use_after_close(session, exported):
     session.close()
     session.close()
     for use in (
@@ -107,7 +113,7 @@ def test_use_after_close(session, llama):
         one_line(caught.value)
 
 
-def test_unreadable_program_is_a_package_error(llama, llama_copy):
+def test_unreadable_program_is_a_package_error(exported, llama_copy):
     (llama_copy / "program.onnx").write_bytes(b"not onnx at all")
     with pytest.raises(PackageError, match=r"ONNX Runtime cannot load .*program\.onnx") as caught:
         HostSession(llama_copy, Manifest.load(llama_copy), 1)
@@ -115,9 +121,9 @@ def test_unreadable_program_is_a_package_error(llama, llama_copy):
 
 
 @pytest.mark.parametrize("threads", [0, -1, "2", True, 1.5])
-def test_threads_must_be_a_positive_number(llama, threads):
+def test_threads_must_be_a_positive_number(exported, threads):
     with pytest.raises(OptionError, match="threads must be an integer of at least 1") as caught:
-        QEfficient.load(llama.package, threads=threads)
+        QEfficient.load(exported.package, threads=threads)
     one_line(caught.value)
 
 
@@ -146,12 +152,12 @@ STEPS = [
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_equals_a_plain_session(llama, in_place):
-    manifest = Manifest.load(llama.package)
+def test_equals_a_plain_session(exported, in_place):
+    manifest = Manifest.load(exported.package)
     assert all(state.in_place for state in manifest.states)
     if not in_place:  # every program allows two buffers as well
         manifest = manifest.replace(states=tuple(replace(state, in_place=False) for state in manifest.states))
-    session, plain = HostSession(llama.package, manifest, 1), Plain(llama.package, 2)
+    session, plain = HostSession(exported.package, manifest, 1), Plain(exported.package, 2)
     session.begin({"batch_size": 2, "ctx_len": CTX})
     for name, ids, start in STEPS:
         logits = session.run(feeds(ids, start), name)["logits"]
@@ -162,27 +168,27 @@ def test_equals_a_plain_session(llama, in_place):
     assert all(session.state(state.input).any() for state in manifest.states)
 
 
-def test_outputs_of_unknown_shape_are_not_mixed_up_with_states(llama):
+def test_outputs_of_unknown_shape_are_not_mixed_up_with_states(exported):
     """A dimension that only the program knows: ONNX Runtime allocates the output and returns it among the states."""
-    manifest = Manifest.load(llama.package)
+    manifest = Manifest.load(exported.package)
     (logits,) = manifest.outputs
     session = HostSession(
-        llama.package, manifest.replace(outputs=(replace(logits, shape=("batch_size", "surprise", VOCAB_SIZE)),)), 1
+        exported.package, manifest.replace(outputs=(replace(logits, shape=("batch_size", "surprise", VOCAB_SIZE)),)), 1
     )
     session.begin({"batch_size": 2, "ctx_len": CTX})
-    plain = Plain(llama.package, 2)
+    plain = Plain(exported.package, 2)
     for name, ids, start in STEPS:
         found = session.run(feeds(ids, start), name)
         assert set(found) == {"logits"}
         np.testing.assert_array_equal(found["logits"], plain.run(feeds(ids, start)))
 
 
-def test_states_stay_at_their_address_and_are_not_copied(session, llama):
+def test_states_stay_at_their_address_and_are_not_copied(session, exported):
     states = [state.input for state in session.manifest.states]
     addresses = [session.state(name).ctypes.data for name in states]
     assert len(set(addresses)) == len(states)
     buffers = [session.state(name) for name in states]
-    plain = Plain(llama.package, 2)
+    plain = Plain(exported.package, 2)
     for name, ids, start in STEPS:
         session.run(feeds(ids, start), name)
         plain.run(feeds(ids, start))
@@ -238,3 +244,44 @@ def test_padding_writes_nothing(session):
     assert np.isfinite(after).all()
     assert before[:, :, :6].any()
     assert not before[:, :, 6:].any()
+
+
+# ---------------------------------------------------------------------------------- prompts on rows of their own
+
+
+@pytest.fixture
+def rows(llama):
+    """A package with the host's fusions, opened with three rows of state."""
+    session = HostSession(llama.package, Manifest.load(llama.package), 1)
+    session.begin({"batch_size": 3, "ctx_len": CTX})
+    return session
+
+
+def test_a_prompt_on_one_row_writes_no_other(rows, exported):
+    assert rows.manifest.specialization("Prefill").by_row
+    assert all(state.in_place for state in rows.manifest.states)
+    addresses = [rows.state(state.input).ctypes.data for state in rows.manifest.states]
+    logits = rows.run(feeds(PROMPT[1:]), "Prefill", row=1)["logits"].copy()
+    reference = Plain(exported.package, 2)
+    np.testing.assert_allclose(logits[0], reference.run(feeds(PROMPT))[1], rtol=0, atol=2e-5)
+    for state in rows.manifest.states:
+        found = rows.state(state.input)
+        assert not found[0].any()
+        assert not found[2].any()
+        np.testing.assert_allclose(found[1], reference.state[state.input][1], rtol=0, atol=1e-5)
+    assert [rows.state(state.input).ctypes.data for state in rows.manifest.states] == addresses
+    # All rows together, two of them idle: the middle one goes on where its prompt ended.
+    step = {"input_ids": np.array([[5], [7], [9]]), "position_ids": np.array([[-1], [6], [-1]])}
+    found = rows.run(step, "Decode")["logits"][1].copy()
+    np.testing.assert_allclose(found, reference.run(feeds([[7], [7]], 6))[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_that_is_not_there(rows, row):
+    with pytest.raises(ShapeError, match=f"row {row} is not one of the 3 rows"):
+        rows.run(feeds(PROMPT[:1]), "Prefill", row=row)
+
+
+def test_several_prompts_at_once_are_refused_where_each_has_a_row(rows):
+    with pytest.raises(ShapeError, match=r"batch_size|\(2, 6\)"):
+        rows.run(feeds(PROMPT), "Prefill")

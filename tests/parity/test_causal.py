@@ -50,6 +50,7 @@ class Case:
 
     reference: PreTrainedModel
     compiled: QEFFAutoModelForCausalLM
+    fused: bool = True
     _known: dict[tuple[int, ...], tuple[list[int], np.ndarray]] = field(default_factory=dict)
 
     def expected(self, ids: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
@@ -60,6 +61,11 @@ class Case:
         tokens, logits = self._known[key]
         return tokens[:count], logits[:count]
 
+    def unfused(self) -> Case:
+        compiled = QEFFAutoModelForCausalLM(self.reference)
+        compiled.compile(ctx_len=CTX, prefill_seq_len=CHUNK, fuse=False)
+        return Case(self.reference, compiled, False, self._known)
+
     @property
     def session(self) -> HostSession:
         return self.compiled._ready().session
@@ -67,6 +73,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=TYPES)
 def case(request: pytest.FixtureRequest) -> Case:
+    """As users get it: with the host's fusions, each prompt on a row of its own."""
     if request.param == MANY_EXPERTS:
         reference = tiny_causal_lm("qwen3_moe", num_local_experts=40)
         assert reference.config.num_experts == 40
@@ -75,6 +82,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     compiled = QEFFAutoModelForCausalLM(reference)
     compiled.compile(ctx_len=CTX, prefill_seq_len=CHUNK)
     return Case(reference, compiled)
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "as exported"])
+def either(request: pytest.FixtureRequest, case: Case) -> Case:
+    """The case, and the graph as it was exported, whose prompts run side by side."""
+    return case if request.param else case.unfused()
 
 
 @pytest.fixture(scope="module", params=BATCHED_TYPES)
@@ -150,10 +163,7 @@ class ByHand:
             ids[i, :count] = self.sequences[row][start : start + count]
             positions[i, :count] = np.arange(start, start + count)
             self.fed[row] += count
-        feeds = {"input_ids": ids, "position_ids": positions}
-        if self.indexed:
-            feeds["batch_index"] = np.array(order, np.int64)[:, None]
-        logits = self.session.run(feeds, "Decode" if width == 1 else "Prefill")["logits"]
+        logits = self._run(ids, positions, counts, order)
         assert logits.shape == (len(order), 1, VOCAB_SIZE)
         assert np.isfinite(logits).all()
         compared = 0
@@ -164,6 +174,21 @@ class ByHand:
                 compared += 1
         self._check_states(before, {row for row, count in zip(order, counts, strict=True) if count})
         return compared
+
+    def _run(self, ids: np.ndarray, positions: np.ndarray, counts: Sequence[int], order: list[int]) -> np.ndarray:
+        feeds = {"input_ids": ids, "position_ids": positions}
+        if self.indexed:
+            feeds["batch_index"] = np.array(order, np.int64)[:, None]
+        if ids.shape[1] == 1:
+            return self.session.run(feeds, "Decode")["logits"]
+        if not self.session.manifest.specialization("Prefill").by_row:
+            return self.session.run(feeds, "Prefill")["logits"]
+        logits = np.zeros((len(order), 1, VOCAB_SIZE), np.float32)
+        for i, (row, count) in enumerate(zip(order, counts, strict=True)):
+            if count:
+                own = {name: array[i : i + 1, :count] for name, array in feeds.items()}
+                logits[i] = self.session.run(own, "Prefill", row=row)["logits"][0]
+        return logits
 
     def _check_states(self, before: dict[str, np.ndarray], fed: set[int]) -> None:
         """Everything is finite, and rows that were not fed are as they were (K/V: all but the spare last slot)."""
@@ -264,8 +289,8 @@ def test_default_length_stops_at_the_end_of_the_context(case: Case) -> None:
     assert out[0, 20:].tolist() == case.expected(ids, CTX - 20 + 1)[0]
 
 
-def test_idle_rows_change_nothing(case: Case) -> None:
-    steps = ByHand(case, [prompt(n) for n in LENGTHS], MOST)
+def test_idle_rows_change_nothing(either: Case) -> None:
+    steps = ByHand(either, [prompt(n) for n in LENGTHS], MOST)
     chunks = [[5, 5, 3], [5, 2, 0], [2, 0, 0]]
     decode = [[1, 0, 1], [1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1], *([[1, 0, 0]] * 17), [0, 1, 1]]
     compared = sum(steps.feed(counts) for counts in chunks + decode)
@@ -275,19 +300,19 @@ def test_idle_rows_change_nothing(case: Case) -> None:
 
 def test_padding_columns_change_nothing(case: Case) -> None:
     """The same, with every call as wide as a compiled chunk."""
-    steps = ByHand(case, [prompt(n) for n in LENGTHS], 12)
+    steps = ByHand(case.unfused(), [prompt(n) for n in LENGTHS], 12)
     calls = [[5, 1, 3], [3, 5, 1], [4, 1, 1], [1, 0, 1], [0, 1, 0], [2, 2, 1]]
     assert sum(steps.feed(counts, width=CHUNK) for counts in calls) == 1 + 1 + 3 + 2 + 1 + 3
 
 
-def test_what_a_row_held_before_does_not_matter(case: Case) -> None:
+def test_what_a_row_held_before_does_not_matter(either: Case) -> None:
     """A slot is free as soon as a prompt starts at position 0, whatever its state holds."""
     random = np.random.default_rng(0)
-    first = ByHand(case, [prompt(12), prompt(7)], 5)
+    first = ByHand(either, [prompt(12), prompt(7)], 5)
     first.feed([5, 5])
     for state in first.states().values():
         state[...] = 30 * random.standard_normal(state.shape)
-    second = ByHand(case, [prompt(3), prompt(12)], 5)
+    second = ByHand(either, [prompt(3), prompt(12)], 5)
     compared = second.feed([3, 5]) + second.feed([0, 5]) + second.feed([1, 2]) + second.feed([1, 1])
     assert compared == 1 + 0 + 2 + 2
 

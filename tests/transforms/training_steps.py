@@ -165,10 +165,10 @@ _MEASURE = """
     import onnxruntime as ort
     from pathlib import Path
     from QEfficient.targets.host import TRAINING_RUNTIME
-    from QEfficient.targets.host_session import _set_up
+    from QEfficient.targets.host_runtime import set_up
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    _set_up(options, TRAINING_RUNTIME)
+    set_up(options, TRAINING_RUNTIME)
     session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
     inputs = dict(np.load(sys.argv[2]))
     def status(field):  # not getrusage: its peak is inherited from the process that started this one

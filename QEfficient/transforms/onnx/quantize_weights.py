@@ -16,12 +16,15 @@ from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, file_tensors, stream_tensors, write_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
-from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_groups, register
+from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_channels, quantize_groups, register
 
 DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 #: Smaller weights are not worth their loss.
 _MIN_ELEMENTS = 4096
+#: The ``group_size`` of one scale per output channel, and how many inputs the kernels then read with one scale.
+CHANNEL = "channel"
+_CHANNEL_GROUP = 128
 #: Block sizes that ONNX Runtime's kernels take.
 _GROUPS = (16, 32, 64, 128, 256)
 
@@ -39,7 +42,8 @@ class QuantizeWeights(OnnxTransform):
 
     Parameters:
         bits: 4 or 8.
-        group_size: inputs that share a scale: 16, 32, 64, 128 or 256.
+        group_size: inputs that share a scale: 16, 32, 64, 128 or 256; or ``channel``, all inputs of an output channel,
+            which products of many rows can use as they are (`RowScaledProducts`).
         symmetric: no zero points; the value of largest magnitude of a group is exact.
         accuracy_level: what products may make of activations: 0 or 1 leaves them float32, 4 quantizes them to int8 per
             row and group, which is faster.
@@ -47,21 +51,27 @@ class QuantizeWeights(OnnxTransform):
 
     name: ClassVar[str] = "QuantizeWeights"
     bits: int = 4
-    group_size: int = 32
+    group_size: int | str = 32
     symmetric: bool = True
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise OptionError(f"QuantizeWeights stores weights in 4 or 8 bits, got {self.bits!r}.")
-        if self.group_size not in _GROUPS:
-            raise OptionError(f"QuantizeWeights' group_size must be one of {_GROUPS}, got {self.group_size!r}.")
+        if self.group_size not in (*_GROUPS, CHANNEL):
+            raise OptionError(
+                f"QuantizeWeights' group_size must be one of {_GROUPS} or {CHANNEL!r}, got {self.group_size!r}."
+            )
         if self.symmetric not in (True, False):
             raise OptionError(f"QuantizeWeights' symmetric must be True or False, got {self.symmetric!r}.")
+        if self.group_size == CHANNEL and not self.symmetric:
+            raise OptionError("QuantizeWeights' group_size 'channel' is symmetric: leave out symmetric=False.")
         if self.accuracy_level not in (0, 1, 4):
             raise OptionError(f"QuantizeWeights' accuracy_level must be 0, 1 or 4, got {self.accuracy_level!r}.")
-        for name, kind in (("bits", int), ("group_size", int), ("symmetric", bool), ("accuracy_level", int)):
+        for name, kind in (("bits", int), ("symmetric", bool), ("accuracy_level", int)):
             object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.group_size != CHANNEL:
+            object.__setattr__(self, "group_size", int(self.group_size))
 
     def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
         """Raises TransformError for a weight that holds infinities or NaN."""
@@ -101,7 +111,9 @@ class QuantizeWeights(OnnxTransform):
         assert value.const_value is not None
         if len(value.const_value.shape) != 2:
             return f"it has rank {len(value.const_value.shape)}"
-        weight = _Weight(value, self.bits, self.group_size, self.symmetric)
+        whole = self.group_size == CHANNEL
+        group = _CHANNEL_GROUP if whole else int(self.group_size)
+        weight = _Weight(value, self.bits, group, self.symmetric, whole)
         layouts: set[bool] = set()
         todo: list[tuple[ir.Value, bool]] = [(value, False)]
         while todo:
@@ -146,6 +158,8 @@ class _Weight:
     bits: int
     group: int
     symmetric: bool
+    #: One scale for all groups of a row.
+    whole: bool
     products: list[ir.Node] = field(default_factory=list)
     gathers: list[ir.Node] = field(default_factory=list)
     #: Whether it lies in memory as [outputs, inputs].
@@ -183,7 +197,10 @@ class _Weight:
         array = array if self.outputs_first else array.T
         parts = []
         for chunk in float_rows(array, QuantizeWeights.name, self.value.name):
-            values, scale, zero = quantize_groups(chunk, self.bits, self.group, self.symmetric)
+            if self.whole:
+                values, scale, zero = quantize_channels(chunk, self.bits, self.group)
+            else:
+                values, scale, zero = quantize_groups(chunk, self.bits, self.group, self.symmetric)
             parts.append((pack(values, self.bits), scale, pack(zero, self.bits)))
         for pieces, _ in zip(zip(*parts, strict=True), self.described(), strict=False):
             yield np.concatenate(pieces).tobytes()
@@ -201,14 +218,25 @@ class _Weight:
             if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
                 new = make.op("Add", new, _as_float(make, node.inputs[2]))
             self._replace(graph, make, node, new, old)
+        rows = self._as_table(graph, parts[0]) if self.gathers else None
         for node in self.gathers:
             old = node.outputs[0]
-            data = make.op("Reshape", parts[0], make.constant([outputs, -1]))
             new = make.op(
-                "GatherBlockQuantized", data, node.inputs[1], *parts[1:], domain=DOMAIN, bits=self.bits,
+                "GatherBlockQuantized", rows, node.inputs[1], *parts[1:], domain=DOMAIN, bits=self.bits,
                 block_size=self.group, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
             self._replace(graph, make, node, new, old)
+
+    def _as_table(self, graph: ir.Graph, part: ir.Value) -> ir.Value:
+        """The stored bytes once more, as [outputs, bytes of a row]: a Reshape would make the runtime copy them."""
+        whole = part.const_value
+        assert isinstance(whole, FileTensor)
+        shape = ir.Shape([self.size[0], whole.length // self.size[0]])
+        if not self.products:  # nothing reads it in groups
+            del graph.initializers[str(part.name)]
+        name = f"{whole.name}.rows" if self.products else str(whole.name)
+        rows = FileTensor(whole.file, whole.location, whole.offset, whole.length, whole.dtype, shape, name)
+        return register(graph, {name: rows}, [name])[0]
 
     @staticmethod
     def _replace(graph: ir.Graph, make: Maker, node: ir.Node, new: ir.Value, old: ir.Value) -> None:

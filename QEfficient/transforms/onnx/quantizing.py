@@ -80,6 +80,16 @@ def quantize_groups(x: np.ndarray, bits: int, group: int, symmetric: bool) -> tu
     return values.astype(np.uint8), scale, zero.astype(np.uint8)
 
 
+def quantize_channels(x: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `quantize_groups`, symmetric, with one scale for a whole row, repeated for each of its groups."""
+    n, k = x.shape
+    count = math.ceil(k / group)
+    values, scale, zero = quantize_groups(x, bits, k, symmetric=True)
+    padded = np.full((n, count * group), 2 ** (bits - 1), np.uint8)
+    padded[:, :k] = values[:, 0]
+    return padded.reshape(n, count, group), np.repeat(scale, count, axis=1), np.repeat(zero, count, axis=1)
+
+
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
     """Bytes along the last axis: with 4 bits two values each, the first in the low half."""
     if bits == 8:
@@ -88,3 +98,12 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
         values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
     packed: np.ndarray = values[..., ::2] | (values[..., 1::2] << 4)
     return packed
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `pack`: along the last axis each byte holds two values with 4 bits, one with 8."""
+    if bits == 8:
+        return packed
+    values = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    values[..., ::2], values[..., 1::2] = packed & 15, packed >> 4
+    return values

@@ -20,12 +20,16 @@ from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.chunked_loss import ChunkedLoss
 from QEfficient.transforms.onnx.fix_training_ops import FixTrainingOps
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
+from QEfficient.transforms.onnx.fuse_attention import FuseAttention
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
+from QEfficient.transforms.onnx.merge_products import MergeProducts
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
 from QEfficient.transforms.onnx.quantize_weights import QuantizeWeights
 from QEfficient.transforms.onnx.recompute import Recompute
+from QEfficient.transforms.onnx.row_scaled import RowScaledProducts
 from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
+from QEfficient.transforms.onnx.state_only import StateOnly
 
 #: What a user may pass for a transform: its name, "name:parameter=value,…", "file.py:Class", a class or an instance.
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
@@ -34,12 +38,16 @@ _BUILT_IN: tuple[type[OnnxTransform], ...] = (
     ChunkedLoss,
     FP16Clip,
     FixTrainingOps,
+    FuseAttention,
     LoraAdapters,
+    MergeProducts,
     QuantizeBase,
     QuantizeWeights,
     Recompute,
+    RowScaledProducts,
     Schedule,
     SplitWeights,
+    StateOnly,
 )
 BUILT_IN: dict[str, type[OnnxTransform]] = {t.name: t for t in _BUILT_IN}
 
@@ -160,8 +168,15 @@ def _with_parameters(cls: type[OnnxTransform], text: str) -> OnnxTransform:
                 f"{cls.name} takes {sorted(known)} as parameter=value, got {part!r}.{did_you_mean(key, known)}"
             )
         kind = str(known[key].type)
-        values[key] = value if "str" in kind else _flag(value) if "bool" in kind else _number(value)
+        values[key] = _converted(value, kind)
     return cls(**values)
+
+
+def _converted(text: str, kind: str) -> Any:
+    """A parameter's value; where both a number and words are allowed, what looks like a number is one."""
+    if "str" in kind:
+        return int(text) if "int" in kind and text.isdigit() else text
+    return _flag(text) if "bool" in kind else _number(text)
 
 
 def _flag(text: str) -> bool:
@@ -172,7 +187,7 @@ def _flag(text: str) -> bool:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise OptionError(f"{text!r} is not a number.") from None
 
