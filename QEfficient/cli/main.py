@@ -17,6 +17,7 @@ from QEfficient.cli.export import export
 from QEfficient.cli.finetune import finetune
 from QEfficient.cli.infer import infer
 from QEfficient.cli.merge import merge
+from QEfficient.cli.tune import tune
 from QEfficient.cli.validate import validate
 from QEfficient.version import __version__
 
@@ -53,6 +54,6 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, execute, validate, finetune, merge, doctor):
+for _command in (infer, embed, export, compile, execute, validate, tune, finetune, merge, doctor):
     add_command(app, _command)
 app.add_typer(cache.app)

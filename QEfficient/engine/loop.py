@@ -94,6 +94,11 @@ class TokenLoop:
         self.capacity = capacity
         self.state_rows = prefill["full_batch_size"].exact if self.indexed else None
 
+    def limit_chunk(self, tokens: int) -> None:
+        """Feeds prompts in steps of at most so many tokens, if that is less than the package takes."""
+        if self._row_prefill is not None:
+            self._row_prefill.limit(tokens)
+
     def room(self, prompt_length: int) -> int:
         """Most tokens that can follow a prompt: the last one is never stored.
 

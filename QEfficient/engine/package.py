@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from QEfficient.engine.tokenizer import PackageTokenizer
-from QEfficient.errors import OptionError, PackageError
-from QEfficient.store.digest import file_digest
+from QEfficient.errors import ArtifactWriteError, OptionError, PackageError
+from QEfficient.store.digest import DigestMemo, file_digest
+from QEfficient.store.home import cache_home
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.registry import get_target
+from QEfficient.targets.tuning import Tuning, available_cores, recall
+
+if TYPE_CHECKING:
+    from QEfficient.engine.tokenizer import PackageTokenizer
 
 #: Task of the manifest -> the class that runs it.
 RUNNERS = {
@@ -46,8 +51,13 @@ class LoadedPackage:
     def tokenizer(self) -> PackageTokenizer:
         """The tokenizer that came with the package; InputError when it came with none."""
         if self._tokenizer is None:
+            from QEfficient.engine.tokenizer import PackageTokenizer
+
             self._tokenizer = PackageTokenizer.from_directory(self.directory)
         return self._tokenizer
+
+    def limit_chunk(self, tokens: int) -> None:
+        """Feeds prompts in steps of at most so many tokens, where the package feeds prompts."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the package; see the subclass for its task."""
@@ -68,7 +78,9 @@ class LoadedPackage:
         return f"{type(self).__name__}({self.manifest.model.get('name')!r}, target={self.manifest.target!r})"
 
 
-def open_package(directory: str | Path, *, verify: bool = True, threads: int | None = None) -> LoadedPackage:
+def open_package(
+    directory: str | Path, *, verify: bool = True, threads: int | None = None, tuning: Tuning | None = None
+) -> LoadedPackage:
     """Loads a package directory made by ``compile()`` or ``save_pretrained()``.
 
     Needs onnxruntime, numpy and tokenizers only: neither torch nor transformers is imported.
@@ -77,7 +89,9 @@ def open_package(directory: str | Path, *, verify: bool = True, threads: int | N
         directory: the package.
         verify: compare the size and BLAKE3 digest of every file with the manifest; False only for packages that
             were just checked.
-        threads: threads for the program; None uses every core this process may run on.
+        threads: threads for the program; None uses what was measured by ``qefficient tune``, else every core this
+            process may run on.
+        tuning: how to run it, instead of what was measured.
 
     Raises:
         PackageError: not a package, of a newer format, incomplete, changed, or for a target that is not here.
@@ -99,20 +113,35 @@ def open_package(directory: str | Path, *, verify: bool = True, threads: int | N
             f"{place} was compiled for the target {manifest.target!r}, which this version does not have: upgrade "
             "QEfficient or compile the package for another target."
         ) from None
-    session = target.load(place, manifest, threads=threads)
+    if tuning is None:
+        tuning = recall(manifest, available_cores())
+    session = target.load(place, manifest, threads=threads, tuning=tuning)
     module, _, name = RUNNERS[manifest.task].partition(":")
     runner: LoadedPackage = getattr(importlib.import_module(module), name)(place, manifest, session)
+    if tuning is not None and tuning.chunk is not None:
+        runner.limit_chunk(tuning.chunk)
     return runner
+
+
+def _remembering() -> Callable[[Path], str]:
+    """Digests of files, remembered where there is a cache to remember them in: running a package needs none."""
+    try:
+        return DigestMemo(cache_home()).digest
+    except ArtifactWriteError:
+        return file_digest
 
 
 def verify_files(directory: Path, manifest: Manifest, *, digests: bool = True) -> None:
     """Checks that every file of the manifest is there with its size and, with ``digests``, its content.
+
+    A big file that was checked before and has not been written since is not read again (`DigestMemo`).
 
     Raises:
         PackageError: naming the first file that is missing or differs.
     """
     if manifest.program not in manifest.files:
         raise PackageError(f"{directory} lists no program: compile the package again.")
+    digest = _remembering() if digests else None
     for name, record in manifest.files.items():
         path = directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -121,7 +150,7 @@ def verify_files(directory: Path, manifest: Manifest, *, digests: bool = True) -
             raise PackageError(f"{directory} is incomplete, {name} is missing: compile or copy it again.")
         if path.stat().st_size != record.size:
             raise PackageError(f"{path} is {path.stat().st_size} bytes, not {record.size}: the package is corrupt.")
-        if digests and file_digest(path) != record.blake3:
+        if digest is not None and digest(path) != record.blake3:
             raise PackageError(f"{path} was changed after it was compiled: refused (compile the package again).")
     for name in SIDE_FILES:
         if name not in manifest.files and (directory / name).exists():

@@ -7,8 +7,10 @@ import numpy as np
 from QEfficient.targets.base import Session
 
 PREFILL, DECODE = "Prefill", "Decode"
-#: In packages whose Prefill only writes state: the last tokens of a sequence, which return logits.
+#: In packages whose Prefill only writes state: short sequences, and the last tokens of long ones.
 TAIL = "Tail"
+#: Last tokens of a long sequence that are not worth a step of Prefill.
+FEW = 4
 
 
 class RowPrefill:
@@ -21,13 +23,18 @@ class RowPrefill:
         #: Most tokens the tail takes; 0 when Prefill itself returns logits.
         self._tail = (tails[0].symbols["seq_len"].maximum or 1) if tails else 0
 
+    def limit(self, tokens: int) -> None:
+        """Takes smaller steps from now on."""
+        self._step = min(tokens, self._step or tokens)
+
     def feed(self, ids: np.ndarray, start: int, row: int) -> np.ndarray:
         """Runs ids int64 [n], n >= 1, at positions ``start``, …; returns the last token's logits float32 [vocab]."""
         logits = np.zeros(0, np.float32)
         done = 0
+        last = len(ids) if len(ids) <= self._tail else min(FEW, self._tail)
         while done < len(ids):
             left = len(ids) - done
-            if left <= self._tail:
+            if left <= last:
                 specialization, count = TAIL, left
             else:  # the tail keeps at least one token
                 most = left - 1 if self._tail else left

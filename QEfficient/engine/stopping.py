@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from QEfficient.engine.settings import GenerationSettings
-from QEfficient.engine.tokenizer import TextTokenizer
 from QEfficient.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from QEfficient.engine.tokenizer import TextTokenizer
 
 #: An HF stopping criterion: (input_ids [rows, length], scores) to a bool, or to one bool per row.
 Criterion = Callable[[Any, Any], Any]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from QEfficient.engine.tokenizer import TextTokenizer
 from QEfficient.errors import InputError
+
+if TYPE_CHECKING:
+    from QEfficient.engine.tokenizer import TextTokenizer
 
 #: What decoders put in place of bytes that are not (yet) a character.
 _INCOMPLETE = "\ufffd"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from QEfficient.engine.results import GenerationMetrics, GenerationResult, peak_
 from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import Criterion, Stopping
 from QEfficient.engine.streaming import ConsoleStreamer, StreamerAdapter
-from QEfficient.engine.tokenizer import TextTokenizer, as_tokenizer
 from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError
 from QEfficient.targets.base import Session
 from QEfficient.targets.manifest import Manifest
+
+if TYPE_CHECKING:
+    from QEfficient.engine.tokenizer import TextTokenizer
 
 #: Tokens HF's generate makes when neither the call nor the model's configuration says how many.
 HF_DEFAULT_NEW_TOKENS = 20
@@ -44,6 +46,9 @@ class CompiledCausalLM(AdaptedPackage, LoadedPackage):
                 raise PackageError(f"{directory} lacks the files of its adapter {name!r}: compile the package again.")
             self.load_adapter(directory / ADAPTERS_DIR / name, name)
         self.set_adapter(bundled.get("active"))
+
+    def limit_chunk(self, tokens: int) -> None:
+        self._loop.limit_chunk(tokens)
 
     @property
     def ctx_len(self) -> int:
@@ -117,7 +122,7 @@ class CompiledCausalLM(AdaptedPackage, LoadedPackage):
                 )
             if attention_mask is not None:
                 raise InputError("attention_mask goes with input_ids, not with prompts.")
-            text = self.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
+            text = self.tokenizer if tokenizer is None else _as_tokenizer(tokenizer)
             rows = self._encode(text, prompts, messages)
             if asked:
                 limits = [self._limit(resolved, len(row), len(row), None, asked) for row in rows]
@@ -149,7 +154,7 @@ class CompiledCausalLM(AdaptedPackage, LoadedPackage):
         limits = [self._limit(settings, ids.shape[1], len(row), HF_DEFAULT_NEW_TOKENS, asked) for row in rows]
         text: TextTokenizer | None = None
         if tokenizer is not None:
-            text = as_tokenizer(tokenizer)
+            text = _as_tokenizer(tokenizer)
         elif settings.stop_strings or stream:
             text = self.tokenizer
         back = same_kind(input_ids)
@@ -252,6 +257,12 @@ class CompiledCausalLM(AdaptedPackage, LoadedPackage):
                     f"row {number} holds token id {row.min() if row.min() < 0 else row.max()}, outside the model's "
                     f"vocabulary of {vocabulary}: was it made by another model's tokenizer?"
                 )
+
+
+def _as_tokenizer(tokenizer: object) -> TextTokenizer:
+    from QEfficient.engine.tokenizer import as_tokenizer  # ids alone need none of it
+
+    return as_tokenizer(tokenizer)
 
 
 def _metrics(requests: list[Request], timings: Timings) -> GenerationMetrics:

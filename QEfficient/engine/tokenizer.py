@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
 from QEfficient.engine.json_file import read_object
@@ -177,14 +172,10 @@ class PackageTokenizer:
         name = "tool_use" if extra.get("tools") is not None and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise InputError("This package's tokenizer has no chat template: pass the prompt as plain text.")
+        from QEfficient.engine.chat_template import render  # takes a while to import, and few prompts are chats
+
         values = {"tools": None, "documents": None, **self.special_tokens, **extra}
-        values |= {"messages": _conversation(messages), "add_generation_prompt": add_generation_prompt}
-        try:
-            return (
-                _environment().from_string(self.chat_templates[name]).render({k: _plain(v) for k, v in values.items()})
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"The chat template does not accept these messages: {error}") from error
+        return render(self.chat_templates[name], messages, {**values, "add_generation_prompt": add_generation_prompt})
 
 
 class _HuggingFaceTokenizer:
@@ -221,9 +212,11 @@ class _HuggingFaceTokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
+        from QEfficient.engine.chat_template import conversation
+
         return str(
             self._tokenizer.apply_chat_template(
-                _conversation(messages),
+                conversation(messages),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **dict(variables or {}),
@@ -278,107 +271,3 @@ def _read_templates(root: Path, config: Mapping[str, Any]) -> dict[str, str]:
     files |= {path.stem: path for path in sorted((root / "additional_chat_templates").glob("*.jinja"))}
     read = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     return read or templates
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Templates are untrusted code; set up as in transformers' ``utils/chat_template_utils.py`` (5.23)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-        "dict": _TemplateDict(),
-        "namespace": _TemplateNamespace,
-    }
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's tokens for training; here its body is rendered, no more."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _TemplateDict:
-    """``dict`` for templates, without the attributes of the class itself."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(keys, value)
-
-
-class _TemplateNamespace(jinja2.utils.Namespace):
-    """``namespace`` without underscore names, as in transformers: they lead to Python's internals."""
-
-    # No named self, as in jinja2, so that namespace(self=...) works.
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args[1:], **kwargs)
-        for name in attributes:
-            _check_attribute(name)
-        jinja2.utils.Namespace.__init__(args[0], attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template may not store the attribute {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which would change the prompt."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _plain(value: Any) -> Any:
-    """Plain JSON data for templates: rich objects have methods the sandbox does not know to be dangerous."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_plain(v) for v in value]
-        return items if isinstance(value, list) else tuple(items)
-    return f"<{type(value).__name__}>"
-
-
-def _conversation(messages: Any) -> list[dict[str, Any]]:
-    """A checked copy without None values, which templates would print, and reasoning under HF's names."""
-    if not isinstance(messages, list | tuple) or not messages or not all(isinstance(m, Mapping) for m in messages):
-        raise InputError("messages must be one conversation: a non-empty list of dicts with 'role' and 'content'.")
-    chat = []
-    for message in messages:
-        kept = {k: v for k, v in message.items() if v is not None}
-        reasoning = next((kept[k] for k in ("reasoning_content", "thinking", "reasoning") if k in kept), None)
-        if reasoning is not None:
-            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
-        chat.append(kept)
-    return chat

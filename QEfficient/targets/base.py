@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 from QEfficient.targets.manifest import Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
+from QEfficient.targets.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,7 @@ class Target(Protocol):
     def compile(self, request: CompileRequest) -> Manifest:
         """Writes the program and its weights into ``request.directory`` and returns the completed manifest."""
 
-    def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> Session:
-        """Opens a verified package."""
+    def load(
+        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+    ) -> Session:
+        """Opens a verified package; ``tuning`` is what was measured for it here, ``threads`` wins over it."""

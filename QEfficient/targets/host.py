@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,21 @@ from QEfficient.targets.base import Availability, CompileRequest
 from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import DimRange, Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
+from QEfficient.targets.tuning import Tuning, available_cores
 
 PROGRAM_FILE, PREFILL_FILE = "program.onnx", "prefill.onnx"
 #: Decoding reads every weight for one row: fewer, larger products keep both cores reading.
-DECODE_TRANSFORMS = ("MergeProducts",)
+DECODE_TRANSFORMS = ("FoldCasts", "MergeProducts")
 #: A prompt has many rows: int8 products with a scale per row; nothing is returned, so no head and no last layer.
-PREFILL_TRANSFORMS = ("StateOnly", "RowScaledProducts")
+PREFILL_TRANSFORMS = ("FoldCasts", "StateOnly", "RowScaledProducts")
 #: The int8 kernels of many rows are as fast on weights as they lie in the file, which then stay mapped and shared.
-PREFILL_RUNTIME = {"prepacking": False}
-#: So many rows are as fast in the program for one row as in the one for many.
-TAIL_TOKENS = 4
+#: The pattern planner would keep a block of memory for every length of prompt it has seen.
+PREFILL_RUNTIME = {"prepacking": False, "memory_pattern": False}
+#: A prompt this short runs in the program that makes tokens: the other one need not be opened for it, which takes
+#: longer than it saves, and its weights stay out of memory.
+TAIL_TOKENS = 64
+#: What ``mixed`` may add to the bytes of int4 for the weights that lose most.
+MIXED_EXTRA = 0.3
 #: Inputs that share a scale in int4 when nothing is asked for.
 DEFAULT_GROUP = 128
 
@@ -60,14 +64,19 @@ class HostTarget:
         """Larger operators that compute the same, then the precision of weights that was asked for."""
         if task == "training":
             return ()
-        wanted = []
+        wanted = ["FuseNorms", "FuseSiLU"] if options.fuse else []
         # With batch_index rows of the batch are not rows of the state, which the fused attention takes for granted.
         if options.fuse and task == "text-generation" and options.full_batch_size is None:
             wanted.append(f"FuseAttention:ctx_len={options.ctx_len}")
+        elif options.fuse:
+            wanted.append("FuseEncoderAttention")
         if options.weights == "int8":
             wanted.append("QuantizeWeights:bits=8,group_size=channel")
-        elif options.weights == "int4":
-            wanted.append(f"QuantizeWeights:bits=4,group_size={options.group_size}")
+        elif options.weights in ("int4", "mixed"):
+            extra = MIXED_EXTRA if options.weights == "mixed" else 0
+            wanted.append(f"QuantizeWeights:bits=4,group_size={options.group_size},extra={extra}")
+        if task != "text-generation" and options.weights == "int8":
+            wanted.append("RowScaledProducts")  # an encoder has many rows in every call
         return tuple(wanted)
 
     def normalise(self, options: CompileOptions) -> CompileOptions:
@@ -133,10 +142,16 @@ class HostTarget:
         states = in_place_states(list(programs.values()), manifest.states)
         return manifest.replace(program=PROGRAM_FILE, states=states, runtime=runtime, specializations=specializations)
 
-    def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> HostSession:
+    def load(
+        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+    ) -> HostSession:
         if manifest.target != self.name:
             raise PackageError(f"{directory} was compiled for {manifest.target!r}, not for this target.")
-        return HostSession(directory, manifest, threads or available_cores())
+        if tuning is None:
+            tuning = Tuning(threads or available_cores())
+        elif threads is not None:
+            tuning = dataclasses.replace(tuning, threads=threads)
+        return HostSession(directory, manifest, tuning)
 
 
 def _two_programs(specializations: Sequence[Specialization]) -> tuple[Specialization, ...]:
@@ -148,8 +163,3 @@ def _two_programs(specializations: Sequence[Specialization]) -> tuple[Specializa
         Specialization("Tail", tail, by_row=True),
         decode,
     )
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnxruntime as ort
 
 from QEfficient.errors import OutOfMemoryError, PackageError, QEfficientError
 from QEfficient.targets.manifest import TensorSpec
+from QEfficient.targets.tuning import Tuning
 
 _STATE = ort.capi.onnxruntime_pybind11_state
 #: ONNX Runtime raises its own family of exceptions, all derived from Exception only through pybind.
@@ -36,9 +38,13 @@ class HostProgram:
         PackageError: ONNX Runtime does not take the file.
     """
 
-    def __init__(self, path: Path, threads: int, runtime: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, tuning: Tuning, runtime: Mapping[str, Any]) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = tuning.threads
+        if not tuning.spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if tuning.pinned and tuning.threads > 1:
+            options.add_session_config_entry("session.intra_op_thread_affinities", _affinities(tuning.threads))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         set_up(options, runtime)
@@ -119,13 +125,20 @@ def _bind(function: object, name: str, array: np.ndarray) -> None:
     function(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)  # type: ignore[operator]
 
 
+def _affinities(threads: int) -> str:
+    """One core for each thread but the caller's own, in ONNX Runtime's numbers, which begin with 1."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = [allowed[number % len(allowed)] + 1 for number in range(1, threads)]
+    return ";".join(str(core) for core in cores)
+
+
 def check_program(path: Path) -> None:
     """Opens a graph as it is, without the work that running it would need.
 
     Raises:
         PackageError: ONNX Runtime does not take the graph.
     """
-    HostProgram(path, 1, {"optimization": "none", "prepacking": False})
+    HostProgram(path, Tuning(1), {"optimization": "none", "prepacking": False})
 
 
 def set_up(options: ort.SessionOptions, runtime: Mapping[str, Any]) -> None:

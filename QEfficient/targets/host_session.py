@@ -12,6 +12,7 @@ from QEfficient.errors import InputError, QEfficientError, ShapeError
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.host_runtime import HostProgram
 from QEfficient.targets.manifest import Manifest, Specialization
+from QEfficient.targets.tuning import Tuning
 
 
 class HostSession:
@@ -22,8 +23,8 @@ class HostSession:
     first needed.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
-        self.manifest, self.threads, self._directory = manifest, threads, directory
+    def __init__(self, directory: Path, manifest: Manifest, tuning: Tuning) -> None:
+        self.manifest, self.tuning, self._directory = manifest, tuning, directory
         self._programs: dict[str, HostProgram] = {}
         self._inputs = {spec.name: spec for spec in manifest.inputs}
         self._parameters: dict[str, np.ndarray] = {}
@@ -112,7 +113,7 @@ class HostSession:
         if file not in self._programs:
             runtime = self.manifest.runtime
             settings = runtime.get("programs", {}).get(file, runtime)
-            program = HostProgram(self._directory / file, self.threads, settings)
+            program = HostProgram(self._directory / file, self.tuning, settings)
             self._bind_parameters(program, self._parameters)
             self._programs[file] = program
         return self._programs[file]

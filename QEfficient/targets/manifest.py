@@ -13,7 +13,8 @@ from blake3 import blake3
 from QEfficient.errors import PackageError
 
 FORMAT = "qefficient-package"
-FORMAT_VERSION = 1
+#: 2: specializations may have a program of their own and run by row.
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 #: A dimension of a tensor: a fixed size or the name of a symbol.

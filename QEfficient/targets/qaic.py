@@ -23,6 +23,7 @@ from QEfficient.targets.qaic_files import (
     specializations_text,
 )
 from QEfficient.targets.qaic_sdk import CURRENT, HOW_TO_GET, LEGACY, PROFILES, ROOT, Profile, find_sdk, run_compiler
+from QEfficient.targets.tuning import Tuning
 
 ONNX_FILE = "model.onnx"
 COMMAND_JSON, COMMAND_TEXT = "command.json", "command.txt"
@@ -188,7 +189,9 @@ class QaicTarget:
             raise QEfficientError(f"{Path(compiler).name} ended well but wrote no {BINARY}: check the SDK.")
         return manifest.replace(program=BINARY, runtime=runtime)
 
-    def load(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> NoReturn:
+    def load(
+        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+    ) -> NoReturn:
         """Raises TargetUnavailableError, always: this version has no runtime for the card."""
         if manifest.runtime.get("dry_run"):
             raise TargetUnavailableError(

@@ -25,6 +25,7 @@ from QEfficient.engine.text import CompiledCausalLM
 from QEfficient.errors import ContextLengthError, InputError, OptionError, QEfficientError
 from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import DimRange, Manifest, Specialization
+from QEfficient.targets.tuning import Tuning
 
 #: As the package of the fixture was compiled.
 CTX_LEN = 48
@@ -329,7 +330,7 @@ def test_package_of_one_exact_batch_size(llama, tokenizer):
         for spec in manifest.specializations
     )
     manifest = manifest.replace(specializations=fixed)
-    package = CompiledCausalLM(llama.package, manifest, HostSession(llama.package, manifest, 1))
+    package = CompiledCausalLM(llama.package, manifest, HostSession(llama.package, manifest, Tuning(1)))
     for prompts in (PROMPTS, PROMPTS[:4], PROMPTS[2:3]):
         result = package.generate(prompts=prompts, generation_len=5)
         assert result.ids == [greedy(llama, tokenizer(prompt).input_ids, 5) for prompt in prompts]

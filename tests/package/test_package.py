@@ -64,7 +64,7 @@ def test_runs_without_checkpoint_and_cache(tmp_path):
 
 def test_manifest(llama):
     body = json.loads((llama.package / "manifest.json").read_text())
-    assert (body["format"], body["format_version"]) == ("qefficient-package", 1)
+    assert (body["format"], body["format_version"]) == ("qefficient-package", 2)
     assert (body["target"], body["task"], body["program"]) == ("host", "text-generation", "program.onnx")
     assert body["model"]["architecture"] == "LlamaForCausalLM"
     assert (body["model"]["vocab_size"], body["model"]["max_positions"]) == (128, 128)
@@ -76,15 +76,19 @@ def test_manifest(llama):
     state = {"dtype": "float32", "shape": ["batch_size", 2, "ctx_len", 16], "kind": "kv", "in_place": True}
     assert body["states"] == [{"input": name, "output": f"{name}_RetainedState", **state} for name in names]
     anything, context = {"minimum": 1, "maximum": None}, {"minimum": 48, "maximum": 48}
+    one = {"minimum": 1, "maximum": 1}
     assert body["specializations"] == [
         {
             "name": name,
-            "symbols": {"batch_size": anything, "seq_len": {"minimum": 1, "maximum": longest}, "ctx_len": context},
+            "symbols": {"batch_size": rows, "seq_len": {"minimum": 1, "maximum": longest}, "ctx_len": context},
+            "program": "",
+            "by_row": by_row,
         }
-        for name, longest in (("Prefill", 8), ("Decode", 1))
+        for name, longest, rows, by_row in (("Prefill", 8, one, True), ("Decode", 1, anything, False))
     ]
     assert (body["options"]["ctx_len"], body["options"]["prefill_seq_len"]) == (48, 8)
-    assert body["transforms"] == []
+    attention = next(record for record in body["transforms"] if record["name"] == "FuseAttention")
+    assert attention["facts"]["fused"]["GroupQueryAttention"] == 2
     for library in ("torch", "transformers", "onnxruntime"):
         assert body["libraries"][library] == importlib.metadata.version(library)
     assert body["libraries"]["qefficient"] == QEfficient.__version__
@@ -175,8 +179,8 @@ def test_a_side_file_nobody_compiled_is_refused(llama_copy, name):
 
 
 def test_newer_format(llama_copy):
-    edit_manifest(llama_copy, format_version=2)
-    refused(llama_copy, "package format 2", "reads up to 1", "upgrade")
+    edit_manifest(llama_copy, format_version=3)
+    refused(llama_copy, "package format 3", "reads up to 2", "upgrade")
     edit_manifest(llama_copy, format_version="1")
     refused(llama_copy, "format")
 

@@ -11,6 +11,7 @@ import QEfficient
 from QEfficient.errors import InputError, OptionError, PackageError, QEfficientError, ShapeError
 from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import Manifest
+from QEfficient.targets.tuning import Tuning
 
 CTX = 48
 PROMPT = np.array([sample_prompt(6), sample_prompt(6, seed=1)])
@@ -24,7 +25,7 @@ def exported(unfused_llama):
 
 @pytest.fixture
 def session(exported):
-    session = HostSession(exported.package, Manifest.load(exported.package), 1)
+    session = HostSession(exported.package, Manifest.load(exported.package), Tuning(1))
     session.begin({"batch_size": 2, "ctx_len": CTX})
     return session
 
@@ -95,7 +96,7 @@ def test_run_checks_the_context_of_begin(session):
 
 
 def test_run_before_begin(exported):
-    fresh = HostSession(exported.package, Manifest.load(exported.package), 1)
+    fresh = HostSession(exported.package, Manifest.load(exported.package), Tuning(1))
     with pytest.raises(QEfficientError, match=r"call begin\(\) before run\(\)") as caught:
         fresh.run(feeds(PROMPT), "Prefill")
     one_line(caught.value)
@@ -116,7 +117,7 @@ def test_use_after_close(session, exported):
 def test_unreadable_program_is_a_package_error(exported, llama_copy):
     (llama_copy / "program.onnx").write_bytes(b"not onnx at all")
     with pytest.raises(PackageError, match=r"ONNX Runtime cannot load .*program\.onnx") as caught:
-        HostSession(llama_copy, Manifest.load(llama_copy), 1)
+        HostSession(llama_copy, Manifest.load(llama_copy), Tuning(1))
     assert "\n" not in str(caught.value)
 
 
@@ -157,7 +158,7 @@ def test_equals_a_plain_session(exported, in_place):
     assert all(state.in_place for state in manifest.states)
     if not in_place:  # every program allows two buffers as well
         manifest = manifest.replace(states=tuple(replace(state, in_place=False) for state in manifest.states))
-    session, plain = HostSession(exported.package, manifest, 1), Plain(exported.package, 2)
+    session, plain = HostSession(exported.package, manifest, Tuning(1)), Plain(exported.package, 2)
     session.begin({"batch_size": 2, "ctx_len": CTX})
     for name, ids, start in STEPS:
         logits = session.run(feeds(ids, start), name)["logits"]
@@ -173,7 +174,9 @@ def test_outputs_of_unknown_shape_are_not_mixed_up_with_states(exported):
     manifest = Manifest.load(exported.package)
     (logits,) = manifest.outputs
     session = HostSession(
-        exported.package, manifest.replace(outputs=(replace(logits, shape=("batch_size", "surprise", VOCAB_SIZE)),)), 1
+        exported.package,
+        manifest.replace(outputs=(replace(logits, shape=("batch_size", "surprise", VOCAB_SIZE)),)),
+        Tuning(1),
     )
     session.begin({"batch_size": 2, "ctx_len": CTX})
     plain = Plain(exported.package, 2)
@@ -252,7 +255,7 @@ def test_padding_writes_nothing(session):
 @pytest.fixture
 def rows(llama):
     """A package with the host's fusions, opened with three rows of state."""
-    session = HostSession(llama.package, Manifest.load(llama.package), 1)
+    session = HostSession(llama.package, Manifest.load(llama.package), Tuning(1))
     session.begin({"batch_size": 3, "ctx_len": CTX})
     return session
 

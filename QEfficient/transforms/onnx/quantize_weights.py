@@ -25,6 +25,10 @@ _MIN_ELEMENTS = 4096
 #: The ``group_size`` of one scale per output channel, and how many inputs the kernels then read with one scale.
 CHANNEL = "channel"
 _CHANNEL_GROUP = 128
+#: Steps from the head's product to the logits.
+_FEW_STEPS = 6
+#: Rows of a weight on which its rounding error is measured.
+_SAMPLED_ROWS = 256
 #: Block sizes that ONNX Runtime's kernels take.
 _GROUPS = (16, 32, 64, 128, 256)
 
@@ -45,6 +49,10 @@ class QuantizeWeights(OnnxTransform):
         group_size: inputs that share a scale: 16, 32, 64, 128 or 256; or ``channel``, all inputs of an output channel,
             which products of many rows can use as they are (`RowScaledProducts`).
         symmetric: no zero points; the value of largest magnitude of a group is exact.
+        extra: with 4 bits, weights that matter most are kept in 8 as far as that adds at most this share of bytes:
+            first embeddings and head, whose errors reach the logits undamped, then those that lose most. What a weight
+            loses is the rounding error's share of its square sum, over rows spread evenly; weights multiplied with
+            one input are judged together.
         accuracy_level: what products may make of activations: 0 or 1 leaves them float32, 4 quantizes them to int8 per
             row and group, which is faster.
     """
@@ -54,6 +62,7 @@ class QuantizeWeights(OnnxTransform):
     group_size: int | str = 32
     symmetric: bool = True
     accuracy_level: int = 4
+    extra: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -68,7 +77,12 @@ class QuantizeWeights(OnnxTransform):
             raise OptionError("QuantizeWeights' group_size 'channel' is symmetric: leave out symmetric=False.")
         if self.accuracy_level not in (0, 1, 4):
             raise OptionError(f"QuantizeWeights' accuracy_level must be 0, 1 or 4, got {self.accuracy_level!r}.")
-        for name, kind in (("bits", int), ("symmetric", bool), ("accuracy_level", int)):
+        if isinstance(self.extra, bool) or not isinstance(self.extra, int | float) or not 0 <= self.extra <= 1:
+            raise OptionError(f"QuantizeWeights' extra must be a share from 0 to 1, got {self.extra!r}.")
+        if self.extra and (self.bits != 4 or self.group_size == CHANNEL):
+            raise OptionError("QuantizeWeights' extra keeps some 4-bit weights in 8: it goes with bits=4 and groups.")
+        kinds: dict[str, type] = {"bits": int, "symmetric": bool, "accuracy_level": int, "extra": float}
+        for name, kind in kinds.items():
             object.__setattr__(self, name, kind(getattr(self, name)))
         if self.group_size != CHANNEL:
             object.__setattr__(self, "group_size", int(self.group_size))
@@ -87,6 +101,7 @@ class QuantizeWeights(OnnxTransform):
                 left[name] = found
             else:
                 chosen.append(found)
+        kept = _keep_higher(chosen, self.extra) if self.extra else {}
         described = {n: kind for weight in chosen for n, kind in weight.described().items()}
         contents = (part for weight in chosen for part in weight.contents())
         stored = stream_tensors(described, contents, workspace / "quantized.safetensors")
@@ -103,6 +118,7 @@ class QuantizeWeights(OnnxTransform):
             "bytes_before": before,
             "bytes_after": sum(tensor.nbytes for tensor in stored.values()),
             "left": left,
+            **({"kept_in_8_bits": kept} if self.extra else {}),
         }
         return TransformResult(bool(chosen), facts)
 
@@ -180,6 +196,25 @@ class _Weight:
     def groups(self) -> int:
         return math.ceil(self.size[1] / self.group)
 
+    def loss(self) -> tuple[float, float]:
+        """Square sums of the rounding error and of the weight itself, over some rows."""
+        array = self.tensor.numpy()
+        array = array if self.outputs_first else array.T
+        rows = array[:: max(1, len(array) // _SAMPLED_ROWS)].astype(np.float32)
+        values, scale, zero = quantize_groups(rows, self.bits, self.group, self.symmetric)
+        back = (values.astype(np.float32) - zero[..., None]) * scale[..., None]
+        rounded = back.reshape(len(rows), -1)[:, : rows.shape[1]]
+        return float(np.square(rows - rounded).sum()), float(np.square(rows).sum())
+
+    @property
+    def stored_bytes(self) -> int:
+        return int(sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.described().values()))
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether it is a table of embeddings, or makes the logits."""
+        return bool(self.gathers) or any(_makes_output(node.outputs[0]) for node in self.products)
+
     def described(self) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
         """Name -> dtype and shape of what is stored, in the order of `contents`."""
         outputs, groups, name = self.size[0], self.groups, self.value.name
@@ -248,6 +283,49 @@ class _Weight:
         if old.is_graph_output():
             new.name, old.name = old.name, f"{old.name}/replaced"
         old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _makes_output(value: ir.Value) -> bool:
+    """Whether a value becomes an output of the graph by steps that each have one reader (a cast, a soft cap)."""
+    for _ in range(_FEW_STEPS):
+        if value.is_graph_output():
+            return True
+        readers = list(value.uses())
+        if len(readers) != 1 or readers[0].node.op_type not in ("Cast", "Mul", "Div", "Tanh", "Add"):
+            return False
+        value = readers[0].node.outputs[0]
+    return False
+
+
+def _keep_higher(weights: list[_Weight], extra: float) -> dict[str, float]:
+    """Sets weights that lose most to 8 bits, as far as ``extra`` bytes allow; their names and relative losses.
+
+    Weights that are multiplied with one input stay of one kind, so that they can become one product.
+    """
+    units: dict[ir.Value, list[_Weight]] = {}
+    for weight in weights:
+        shared = weight.products[0].inputs[0] if weight.products else weight.value
+        units.setdefault(shared or weight.value, []).append(weight)
+    budget = extra * sum(weight.stored_bytes for weight in weights)
+    losses = {}
+    for shared, members in units.items():
+        errors, sizes = zip(*(weight.loss() for weight in members), strict=True)
+        losses[shared] = sum(errors) / max(sum(sizes), 1e-30)
+    kept: dict[str, float] = {}
+    ends = {shared for shared, members in units.items() if any(weight.at_an_end for weight in members)}
+    for shared, loss in sorted(losses.items(), key=lambda item: (item[0] not in ends, -item[1])):
+        members = units[shared]
+        before = sum(weight.stored_bytes for weight in members)
+        for weight in members:
+            weight.bits = 8
+        cost = sum(weight.stored_bytes for weight in members) - before
+        if cost > budget:
+            for weight in members:
+                weight.bits = 4
+            continue
+        budget -= cost
+        kept |= {str(weight.value.name): round(loss, 6) for weight in members}
+    return kept
 
 
 def _leave_files(model: ir.Model, files: set[Path], workspace: Path) -> None:

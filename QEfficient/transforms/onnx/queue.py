@@ -19,8 +19,12 @@ from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.chunked_loss import ChunkedLoss
 from QEfficient.transforms.onnx.fix_training_ops import FixTrainingOps
+from QEfficient.transforms.onnx.fold_casts import FoldCasts
 from QEfficient.transforms.onnx.fp16_clip import FP16Clip
 from QEfficient.transforms.onnx.fuse_attention import FuseAttention
+from QEfficient.transforms.onnx.fuse_encoder_attention import FuseEncoderAttention
+from QEfficient.transforms.onnx.fuse_norms import FuseNorms
+from QEfficient.transforms.onnx.fuse_silu import FuseSiLU
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
 from QEfficient.transforms.onnx.merge_products import MergeProducts
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
@@ -38,7 +42,11 @@ _BUILT_IN: tuple[type[OnnxTransform], ...] = (
     ChunkedLoss,
     FP16Clip,
     FixTrainingOps,
+    FoldCasts,
     FuseAttention,
+    FuseEncoderAttention,
+    FuseNorms,
+    FuseSiLU,
     LoraAdapters,
     MergeProducts,
     QuantizeBase,

@@ -1,0 +1,123 @@
+"""Measures which threads, waiting and step sizes run a package fastest here: what `qefficient tune` does."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from QEfficient.engine.package import LoadedPackage, open_package
+from QEfficient.errors import OptionError
+from QEfficient.targets.manifest import Manifest
+from QEfficient.targets.tuning import Tuning, available_cores
+
+#: Tokens of the prompt, and tokens made after it, at most.
+_PROMPT, _NEW = 512, 24
+#: Batch and length an encoder is measured with.
+_BATCH, _LENGTH = 16, 64
+#: Step sizes tried for prompts.
+_CHUNKS = (32, 64, 128, 256, 512)
+#: A choice must be this much faster than the default to be worth leaving it.
+_MARGIN = 1.03
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice and what it reached: medians over the rounds.
+
+    Attributes:
+        prompt: prompt tokens (or, of an encoder, tokens) per second.
+        decode: generated tokens per second; 0 for an encoder.
+    """
+
+    tuning: Tuning
+    prompt: float
+    decode: float
+
+    @property
+    def seconds(self) -> float:
+        """Time of a prompt and an answer of equal length in tokens, for one token of each."""
+        return 1 / self.prompt + (1 / self.decode if self.decode else 0)
+
+
+def tune(
+    directory: Path, *, rounds: int = 5, report: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> list[Trial]:
+    """Measures candidates in turn, round by round, and returns them, the best one first.
+
+    First threads and how they wait, then, for the best of these, the size of prompt steps. The default stays first
+    unless another choice is clearly faster.
+
+    Raises:
+        PackageError: not a package that runs here.
+        OptionError: rounds is below 1, or the package is not for the host.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise OptionError(f"rounds must be an integer of at least 1, got {rounds!r}.")
+    manifest = Manifest.load(directory)
+    if manifest.target != "host":
+        raise OptionError(f"tune measures packages for the host; {directory} is for {manifest.target!r}.")
+    first = _measure(directory, _thread_choices(available_cores()), rounds, report)
+    best = _best(first)
+    chunks = [] if manifest.task != "text-generation" else _chunk_choices(manifest, best.tuning)
+    second = _measure(directory, [best.tuning, *chunks], rounds, report) if chunks else []
+    winner = _best(second) if second else best
+    others = [trial for trial in (*second, *first) if trial.tuning != winner.tuning]
+    return [winner, *sorted({t.tuning: t for t in others}.values(), key=lambda trial: trial.seconds)]
+
+
+def _thread_choices(cores: int) -> list[Tuning]:
+    counts = sorted({cores, max(1, cores // 2), max(1, cores - 1)}, reverse=True)
+    choices = [Tuning(count, spinning) for count in counts for spinning in (True, False)]
+    return [*choices, Tuning(cores, pinned=True)] if cores > 1 else choices
+
+
+def _chunk_choices(manifest: Manifest, tuning: Tuning) -> list[Tuning]:
+    limit = manifest.specialization("Prefill").symbols["seq_len"].maximum or _PROMPT
+    return [replace(tuning, chunk=size) for size in _CHUNKS if size < limit]
+
+
+def _measure(
+    directory: Path, choices: Sequence[Tuning], rounds: int, report: Callable[[str, int, int], None]
+) -> list[Trial]:
+    """Medians of ``rounds`` measurements of each choice; all choices run once before any runs again."""
+    found: list[list[tuple[float, float]]] = [[] for _ in choices]
+    for number in range(rounds):
+        for place, choice in enumerate(choices):
+            report(str(choice), number * len(choices) + place, rounds * len(choices))
+            with open_package(directory, verify=False, tuning=choice) as package:
+                _rates(package)  # the first run opens programs and touches weights
+                found[place].append(_rates(package))
+    return [
+        Trial(choice, *(statistics.median(values) for values in zip(*rates, strict=True)))
+        for choice, rates in zip(choices, found, strict=True)
+    ]
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The fastest; the first one where the fastest is not clearly faster."""
+    fastest = min(trials, key=lambda trial: trial.seconds)
+    return fastest if fastest.seconds * _MARGIN < trials[0].seconds else trials[0]
+
+
+def _rates(package: LoadedPackage) -> tuple[float, float]:
+    """(prompt tokens per second, generated tokens per second) of one run."""
+    vocabulary = package.manifest.model.get("vocab_size") or 100
+    random = np.random.default_rng(0)
+    capacity = getattr(package, "ctx_len", None)
+    if capacity is None:
+        longest = getattr(package, "max_length", None)
+        shape = (_BATCH, min(_LENGTH, longest or _LENGTH))
+        ids = random.integers(0, vocabulary, shape)
+        began = time.perf_counter()
+        package.generate(input_ids=ids, attention_mask=np.ones_like(ids))
+        return ids.size / (time.perf_counter() - began), 0.0
+    new = max(1, min(_NEW, capacity // 2))
+    ids = random.integers(0, vocabulary, (1, max(1, min(_PROMPT, capacity - new))))
+    package.generate(input_ids=ids, max_new_tokens=new + 1, do_sample=False, eos_token_id=[])
+    metrics = package.last_metrics  # type: ignore[attr-defined]
+    return metrics.prefill_tokens_per_s, metrics.decode_tokens_per_s
