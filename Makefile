@@ -46,6 +46,20 @@ bench-export: $(STAMP)  ## Measure memory and time of an export at 0.1, 1 and 8 
 bench-finetune: $(STAMP)  ## Measure step time and memory of fine-tuning against PEFT and the HF Trainer (about 20 minutes, alone)
 	$(BIN)/python benchmarks/finetune.py --with-compile --output docs/finetuning_performance.md
 
+.PHONY: bench
+bench: $(STAMP)  ## Measure speed, memory and quality beside the peers that are installed (alone; ARGS="--quick" for little)
+	$(BIN)/python benchmarks/performance.py $(ARGS)
+
+# The files pin every package, so pip has nothing to resolve; see benchmarks/peers/README.md.
+PEERS := benchmarks/peers/.venvs
+.PHONY: bench-peers
+bench-peers: $(patsubst benchmarks/peers/requirements/%.txt,$(PEERS)/%/.installed,$(wildcard benchmarks/peers/requirements/*.txt))  ## Create an environment per peer of `make bench`
+
+$(PEERS)/%/.installed: benchmarks/peers/requirements/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
+
 .PHONY: model-coverage
 model-coverage: $(STAMP)  ## Compare many model families with Hugging Face (about 10 minutes), write docs/models.md
 	$(BIN)/python benchmarks/model_coverage.py --output docs/models.md

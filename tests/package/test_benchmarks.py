@@ -22,10 +22,10 @@ import shapes
 from peers import contenders, embedding, machine, onnx_bytes, stats, to_gguf, turns
 from peers.contenders import EMBEDDERS, ENGINES, GENERATORS, Contender
 from peers.markdown import number, table
-from peers.prepare import Prepared, Run, prepare
+from peers.prepare import Prepared, Run, in_order, prepare
 from peers.process import Launch, PeerError, Worker, cold_start, one_answer
 from peers.report import page
-from peers.speed import bytes_per_token, in_order, prompt
+from peers.speed import bytes_per_token, prompt
 from shapes import ROOT
 
 # ---------------------------------------------------------------------- statistics
@@ -250,7 +250,8 @@ def test_prompts_differ_between_rounds_and_not_between_engines():
     assert prompt(shape, 64, 1) == prompt(shape, 64, 1)
     assert prompt(shape, 64, 1) != prompt(shape, 64, 2)
     assert bytes_per_token(prepared(), shape) == 200
-    assert bytes_per_token(prepared(precision="bf16"), shape) == 2 * shape.parameters
+    assert bytes_per_token(prepared(precision="fp32"), shape) == 4 * shape.parameters
+    assert bytes_per_token(prepared(precision="fp32"), shape, {"float_bytes": 2}) == 2 * shape.parameters
     rows = [{"engine": "llama", "precision": "q4_0"}, {"engine": "qefficient", "precision": "int4"}]
     assert in_order(rows, GENERATORS)[0]["engine"] == "qefficient"
 
@@ -279,7 +280,7 @@ def results() -> dict:
         "missing": {"genai": "not installed"}, "texts": 512, "texts_from": "somewhere", "bandwidth": [20.0, 25.0, 30.0],
         "speed": both, "quality": [{**ours, **scores}, gone],
         "cold": [{**ours, **cold, "seconds": [1.0]}, {**peer, **cold, "seconds": [1.5]}],
-        "embeddings": [{**ours, **vectors, "group": "embeddings"}],
+        "embeddings": [{**ours, **vectors}],
         "compile": [{**ours, "shape": "llama-3.2-1b", "seconds": [60.0, 50.0], "peak_mb": [800.0, 900.0], "bytes": 1}],
     }  # fmt: skip
 
