@@ -131,4 +131,4 @@ def flags_set(options: CompileOptions) -> list[str]:
     """The flags that made ``options`` differ from the defaults."""
     default = CompileOptions()
     names = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(default, f.name)]
-    return [f"--{name.replace('_', '-')}" for name in names]
+    return [f"--{'no-' * (name == 'fuse')}{name.replace('_', '-')}" for name in names]

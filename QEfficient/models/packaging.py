@@ -177,13 +177,13 @@ def write_package(
         onnx_path, lifted = workshop.run(directory / ONNX_FILE, [*queue, *_resolved(wanted)])
         manifest = manifest.replace(parameters=(*interface.parameters, *lifted))
 
+        originals = frozenset(_identity(path) for path in directory.iterdir() if path.is_file())
+
         def variant(program: str, names: Sequence[str]) -> ir.Model:
             return workshop.variant(onnx_path, _resolved(names), program)
 
         with _blaming(queue):
-            manifest = target.compile(
-                CompileRequest(onnx_path, place, manifest, options, report, variant, Path(scratch))
-            )
+            manifest = target.compile(CompileRequest(onnx_path, place, manifest, options, report, variant, originals))
     manifest = manifest.replace(transforms=workshop.records)
     if queue and target.check().can_run and not options.dry_run:
         with _blaming(queue):

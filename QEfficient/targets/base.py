@@ -79,8 +79,8 @@ class CompileRequest:
     #: ``variant(program, names)`` loads the graph, runs more ONNX transforms on it, as the queue spells them, and
     #: returns it; the manifest will say that they made ``program``.
     variant: Callable[[str, Sequence[str]], ir.Model]
-    #: Files below it were made for this package only: a target need not keep them whole.
-    scratch: Path
+    #: (device, inode) of files that are not only this package's: they are placed whole, as links where possible.
+    originals: frozenset[tuple[int, int]]
 
 
 class Target(Protocol):

@@ -159,7 +159,7 @@ class CompileOptions:
             hint = did_you_mean(self.weights, WEIGHTS) if isinstance(self.weights, str) else ""
             raise OptionError(f"weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}.{hint}")
         if self.group_size is not None:
-            if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
                 raise OptionError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size!r}.")
             if self.weights not in ("int4", "mixed"):
                 raise OptionError(f"group_size goes with weights='int4' or 'mixed', not {self.weights!r}.")

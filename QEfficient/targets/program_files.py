@@ -32,7 +32,9 @@ def place_weights(models: Sequence[ir.Model], request: CompileRequest) -> None:
     for number, (file, members) in enumerate(by_file.items()):
         request.progress("placing weights", number, len(by_file))
         name = _unused(Path(members[0].location).name, names)
-        if request.scratch in file.parents and _read_share(file, members) < _MOSTLY:
+        status = file.stat()
+        own = (status.st_dev, status.st_ino) not in request.originals
+        if own and _read_share(file, members) < _MOSTLY:
             _rewrite(members, place / name)
         else:
             place_file(file, place / name)

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import greedy_reference, save_tiny, tiny_causal_lm, tiny_classifier, tiny_encoder, tiny_tokenizer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from QEfficient import QEFFAutoModelForCausalLM
+from QEfficient.cli.compile import print_transforms
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags
 from QEfficient.cli.embed import _checkpoint_pooling
 from QEfficient.cli.main import app
 from QEfficient.cli.user_errors import user_errors
 from QEfficient.errors import OptionError
+from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.options import CompileOptions
 
 TEMPLATE = (
@@ -355,6 +357,148 @@ def test_a_pooling_we_do_not_have_is_refused(tmp_path, config):
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
     with pytest.raises(OptionError, match="--pooling"):
         _checkpoint_pooling(str(tmp_path))
+
+
+# ------------------------------------------------------------------ weights and fusions
+
+INT4 = ("--weights", "int4", "--group-size", 32)
+
+
+def test_compile_explains_what_each_transform_did(causal):
+    flags = (*SHAPES, *INT4, "--cache-dir", causal.cache)
+    plain, explained = run("compile", causal.path, *flags), run("compile", causal.path, *flags, "--explain")
+    for result in (plain, explained):
+        assert result.exit_code == 0, result.output
+    assert plain.stdout == explained.stdout
+    manifest = Manifest.load(Path(explained.stdout.strip()))
+    assert (manifest.options["weights"], manifest.options["group_size"]) == ("int4", 32)
+    assert "what it did" not in plain.stderr
+    table = explained.stderr.partition("what it did")[2]
+    facts = {record["name"]: record["facts"] for record in manifest.transforms}
+    weights = facts["QuantizeWeights"]
+    assert weights["weights"] > 4
+    assert weights["bytes_after"] > 1000
+    for words in (
+        "FuseAttention", "2 GroupQueryAttention, 2 rotary inside", "QuantizeWeights", f"weights: {weights['weights']}",
+        f"bytes after: {weights['bytes_after']:,}", "MergeProducts", "StateOnly", "RowScaledProducts",
+    ):  # fmt: skip
+        assert words in table, words
+    # Which program a transform made is in its row.
+    rows = [line for line in table.splitlines() if "RowScaledProducts" in line]
+    assert len(rows) == 1
+    assert "prefill.onnx" in rows[0]
+    assert f"products: {facts['RowScaledProducts']['products']}" in rows[0]
+    assert [line for line in table.splitlines() if "program.onnx" in line and "prefill" not in line]
+
+
+def test_explain_names_what_was_left_and_why(package, tmp_path, monkeypatch, capsys):
+    """Places that were left for one reason are one line; no fact, or only zeros, is nothing to do."""
+    left = {f"layers.{n}.experts": "it has rank 3" for n in range(5)} | {"conv[1]": "Conv reads it"}
+    records = [
+        {"name": "QuantizeWeights", "facts": {"weights": 1234567, "left": left}},
+        {"name": "FuseAttention", "program": "prefill.onnx", "facts": {"fused": {}, "left": {}}},
+        {"name": "FP16Clip", "facts": {"clipped": []}},
+        {"name": "StateOnly", "program": "prefill.onnx"},
+    ]
+    Manifest.load(package).replace(transforms=records).save(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    print_transforms(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+
+    def row(words: str) -> str:
+        (line,) = (line for line in lines if words in line)
+        return line
+
+    assert "weights: 1,234,567" in row("QuantizeWeights")
+    assert "left layers.0.experts, layers.1.experts, layers.2.experts and 2 more: it has rank 3" in row("it has rank 3")
+    assert "left conv[1]: Conv reads it" in row("Conv reads it")
+    assert "nothing to do" in row("FuseAttention")
+    assert "nothing to do" in row("StateOnly")
+    for name, program in (("QuantizeWeights", "all"), ("StateOnly", "prefill.onnx")):
+        assert program in row(name)
+
+
+def test_compile_without_fusions(causal, package):
+    flags = ("--cache-dir", causal.cache)
+    result = run("compile", causal.path, *SHAPES, "--no-fuse", "--explain", *flags)
+    assert result.exit_code == 0, result.output
+    other = Path(result.stdout.strip())
+    assert other != package
+    manifest = Manifest.load(other)
+    assert manifest.options["fuse"] is False
+    assert not [record["name"] for record in manifest.transforms if record["name"].startswith("Fuse")]
+    assert "FuseAttention" not in result.stderr
+    assert any(record["name"] == "FuseAttention" for record in Manifest.load(package).transforms)
+    assert run("compile", causal.path, *SHAPES, "--fuse", *flags).stdout == f"{package}\n"
+    for place in (other, package):
+        assert (
+            run("infer", place, "-p", PROMPTS[0], "--generation-len", 8).stdout == causal.greedy(PROMPTS[0], 8) + "\n"
+        )
+
+
+def test_infer_with_int8_weights_on_a_trained_model():
+    """Text that Hugging Face writes with some distance to the second best: rounding to 8 bits does not change it."""
+    prompt, count, path = "Question: what is", 16, Path("examples/demo_model/model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = tokenizer(prompt).input_ids
+    tokens, logits = greedy_reference(model, ids, count)
+    best = np.sort(logits, axis=1)[:, -2:]
+    assert ((best[:, 1] - best[:, 0]) / logits.std(axis=1)).min() > 0.1
+    flags = ("--weights", "int8", "--ctx-len", 64)
+    result = run("infer", path, "--prompt", prompt, "--generation-len", count, *flags)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+    package = Path(run("compile", path, *flags).stdout.strip())
+    manifest = Manifest.load(package)
+    assert manifest.options["weights"] == "int8"
+    (quantized,) = (record for record in manifest.transforms if record["name"] == "QuantizeWeights")
+    assert quantized["parameters"]["bits"] == 8
+    assert quantized["facts"]["weights"] == 6 * 7 + 1, "seven matrices of each layer, and the tied table"
+    assert run("execute", package, "--prompt", prompt, "--generation-len", count).stdout == result.stdout
+
+
+def test_embed_with_int8_weights(encoder):
+    flags = ("--pooling", "mean", "--cache-dir", encoder.cache, *[f"--text={text}" for text in PROMPTS])
+    result = run("embed", encoder.path, "--weights", "int8", *flags)
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line)["embedding"] for line in result.stdout.splitlines()]
+    for vector, text in zip(found, PROMPTS, strict=True):
+        expected = mean_pooled(encoder, text)
+        distance = np.linalg.norm(np.array(vector) - expected) / np.linalg.norm(expected)
+        assert 1e-4 < distance < 0.05, "close to the floats, and not them"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--weights", "int5"), "got 'int5'. Did you mean 'int"),
+        (("--weights", "fp16"), "weights must be one of fp32, int8, int4, mixed, got 'fp16'"),
+        (("--weights", "INT8"), "got 'INT8'"),
+        (("--weights", ""), "got ''"),
+        (("--weights", "int4", "--group-size", 48), "group_size must be one of (16, 32, 64, 128, 256), got 48"),
+        (("--group-size", 32), "group_size goes with weights='int4'"),
+        (("--weights", "int8", "--group-size", 32), "group_size goes with weights='int4'"),
+        (("--weights", "int4", "--target", "qaic", "--dry-run"), "weights='int4' is for the host"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compile", "infer"])
+def test_weights_that_cannot_be(causal, tmp_path, command, arguments, words):
+    prompt = ("-p", "x") if command == "infer" else ()
+    refused(run(command, causal.path, *prompt, *arguments, "--cache-dir", tmp_path / "cache"), words)
+    assert not list(tmp_path.glob("cache/packages/*"))
+
+
+def test_flags_of_weights_for_a_package_are_refused(package):
+    refused(run("infer", package, "-p", "x", "--weights", "int8"), "--weights", "compiled already")
+    refused(run("infer", package, "-p", "x", "--weights", "int4", "--group-size", 32), "compiled already")
+    refused(run("compile", package, "--weights", "int8"), "is a package already")
+
+
+def test_a_flag_is_named_as_it_was_typed(package):
+    refused(run("infer", package, "-p", "x", "--no-fuse"), "--no-fuse", "compiled already")
 
 
 # ------------------------------------------------------------------ doctor

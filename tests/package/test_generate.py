@@ -322,18 +322,18 @@ def test_more_prompts_than_slots(llama, shared_home, tokenizer):
     assert len({len(row) for row in expected}) > 1  # slots did become free at different steps
 
 
-def test_package_of_one_exact_batch_size(llama, tokenizer):
+def test_package_of_one_exact_batch_size(unfused_llama, tokenizer):
     """What a target with fixed shapes compiles: 5 prompts through a batch of exactly 4, then 3 rows that only fill."""
-    manifest = Manifest.load(llama.package)
+    manifest = Manifest.load(unfused_llama.package)
     fixed = tuple(
         Specialization(spec.name, spec.symbols | {"batch_size": DimRange.exactly(4)})
         for spec in manifest.specializations
     )
     manifest = manifest.replace(specializations=fixed)
-    package = CompiledCausalLM(llama.package, manifest, HostSession(llama.package, manifest, Tuning(1)))
+    package = CompiledCausalLM(unfused_llama.package, manifest, HostSession(unfused_llama.package, manifest, Tuning(1)))
     for prompts in (PROMPTS, PROMPTS[:4], PROMPTS[2:3]):
         result = package.generate(prompts=prompts, generation_len=5)
-        assert result.ids == [greedy(llama, tokenizer(prompt).input_ids, 5) for prompt in prompts]
+        assert result.ids == [greedy(unfused_llama, tokenizer(prompt).input_ids, 5) for prompt in prompts]
 
 
 def test_no_length_runs_to_the_end_of_the_context(llama, package, tokenizer):

@@ -1,5 +1,6 @@
 """Cloud AI 100 without its SDK: a dry run writes what the compiler takes, byte for byte, and pretends nothing."""
 
+import dataclasses
 import json
 import stat
 from pathlib import Path
@@ -335,11 +336,15 @@ def test_sdk_release_decides_the_forms(tmp_path, name, version, profile):
     assert (sdk.compiler.name, sdk.profile.name) == (name, profile)
 
 
+def no_variant(program, names):
+    raise AssertionError("this target makes one program")
+
+
 def request_for(dry: Path, step: Path, place: Path) -> CompileRequest:
     """What packaging asks a target for, from the manifest of the dry run."""
     place.mkdir()
     options = QaicTarget().normalise(CompileOptions(target="qaic", batch_size=2, seq_len=(8,)))
-    return CompileRequest(step / "model.onnx", place, Manifest.load(dry), options, silent)
+    return CompileRequest(step / "model.onnx", place, Manifest.load(dry), options, silent, no_variant, frozenset())
 
 
 def test_with_an_sdk_the_command_runs_in_the_package(dry, step, tmp_path):
@@ -476,7 +481,7 @@ def test_a_dimension_without_a_size_is_named(dry, step, tmp_path):
     manifest = asked.manifest.replace(specializations=(loose,))
     options = asked.options.replace(dry_run=True)
     with pytest.raises(OptionError) as error:
-        QaicTarget().compile(CompileRequest(asked.onnx_path, asked.directory, manifest, options, silent))
+        QaicTarget().compile(dataclasses.replace(asked, manifest=manifest, options=options))
     one_sentence(error, "'rows'")
     assert not list(asked.directory.iterdir())
 
@@ -484,7 +489,7 @@ def test_a_dimension_without_a_size_is_named(dry, step, tmp_path):
 def test_profile_by_hand(dry, step, tmp_path):
     asked = request_for(dry, step, tmp_path / "package")
     options = asked.options.replace(dry_run=True)
-    request = CompileRequest(asked.onnx_path, asked.directory, asked.manifest, options, silent)
+    request = dataclasses.replace(asked, options=options)
     QaicTarget(profile="current").compile(request)
     assert command(asked.directory)[0] == f"{EXEC}/qaic-compile"
     assert sizes(asked.directory)[0]["name"] == "Train"
@@ -493,6 +498,6 @@ def test_profile_by_hand(dry, step, tmp_path):
 
 
 def test_target_lists_what_a_training_graph_needs():
-    assert get_target("qaic").transforms("training") == ("FixTrainingOps:profile=qaic", "FP16Clip")
-    assert get_target("qaic").transforms("text-generation") == ()
-    assert get_target("host").transforms("training") == ()
+    assert get_target("qaic").transforms("training", CompileOptions()) == ("FixTrainingOps:profile=qaic", "FP16Clip")
+    assert get_target("qaic").transforms("text-generation", CompileOptions()) == ()
+    assert get_target("host").transforms("training", CompileOptions()) == ()

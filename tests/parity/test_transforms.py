@@ -49,7 +49,7 @@ def model(reference: PreTrainedModel) -> QEFFAutoModelForCausalLM:
 
 
 def compiled(model: QEFFAutoModelForCausalLM, *transforms: Any) -> Path:
-    return model.compile(ctx_len=16, prefill_seq_len=8, transforms=list(transforms), progress=False)
+    return model.compile(ctx_len=16, prefill_seq_len=8, transforms=list(transforms), fuse=False, progress=False)
 
 
 def logits(package: Path, ids: Sequence[int] = PROMPT) -> np.ndarray:

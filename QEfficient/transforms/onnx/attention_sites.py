@@ -8,9 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from QEfficient.transforms.onnx.probe import Part
+from QEfficient.transforms.onnx.rotary import heads_of
 
 #: Elements of a mask evaluated at a time.
 _BLOCK = 1 << 23
+#: The operator takes heads of a multiple of so many dimensions.
+_HEAD = 8
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,21 @@ class Placement:
         part = self._part(indices)
         if part is None:
             return False
-        top = self.ctx_len - 1
-        positions = np.array([[0, min(1, top)], [top // 2, top // 2 + (top > 0)], [max(top - 1, 0), top]])
-        (found,) = part.run(self._feeds(part, positions))
-        if found.ndim != 4 or found.shape[3] != 3:
-            return False
-        rows, heads = np.arange(3)[:, None, None], np.arange(found.shape[1])[None, :, None]
-        expected = np.stack(np.broadcast_arrays(rows, heads, positions[:, None, :]), axis=-1)
-        return np.array_equal(found, expected)
+        # Every position as a row of one token, then all of them as rows of two.
+        single = np.arange(self.ctx_len)[:, None]
+        pairs = np.concatenate([single, np.minimum(single + 1, self.ctx_len - 1)], axis=1)
+        rows = max(1, _BLOCK // 64)
+        for positions in (single, pairs):
+            for start in range(0, self.ctx_len, rows):
+                block = positions[start : start + rows]
+                (found,) = part.run(self._feeds(part, block))
+                if found.ndim != 4 or found.shape[3] != 3:
+                    return False
+                row, head = np.arange(len(block))[:, None, None], np.arange(found.shape[1])[None, :, None]
+                expected = np.stack(np.broadcast_arrays(row, head, block[:, None, :]), axis=-1)
+                if not np.array_equal(found, expected):
+                    return False
+        return True
 
     def _part(self, value: ir.Value) -> Part | None:
         try:
@@ -149,12 +159,14 @@ def find_site(node: ir.Node, placement: Placement) -> AttentionSite | str:
     key, value = scatters[0].inputs[2], scatters[1].inputs[2]
     assert key is not None
     assert value is not None
-    sizes = [_heads_and_dim(v) for v in (query, key, value)]
+    sizes = [heads_of(v) for v in (query, key, value)]
     if sizes[0] is None or sizes[1] is None or sizes[2] is None:
         return "the number of heads is not known"
     (heads, dim), (kv_heads, _) = sizes[0], sizes[1]
     if sizes[1] != sizes[2] or sizes[1] != (kv_heads, dim):
         return "keys and values differ in shape"
+    if dim % _HEAD:
+        return f"its heads of {dim} are no multiple of {_HEAD}, which the operator takes"
     if query.dtype not in (None, ir.DataType.FLOAT):
         return f"it computes in {query.dtype}"
     for scatter in scatters:
@@ -170,14 +182,6 @@ def find_site(node: ir.Node, placement: Placement) -> AttentionSite | str:
     return AttentionSite(
         node, query, key, value, scatters[0], scatters[1], heads, kv_heads, dim, scale, softcap, window
     )
-
-
-def _heads_and_dim(value: ir.Value) -> tuple[int, int] | None:
-    """Of a value [batch, heads, seq, dim]."""
-    if value.shape is None or len(value.shape) != 4:
-        return None
-    heads, dim = value.shape[1], value.shape[3]
-    return (heads, dim) if isinstance(heads, int) and isinstance(dim, int) else None
 
 
 def _state_write(value: ir.Value) -> ir.Node | None:

@@ -17,11 +17,13 @@ from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
 from QEfficient.transforms.onnx.probe import positional_values
 from QEfficient.transforms.onnx.quantizing import register
-from QEfficient.transforms.onnx.rotary import Rotation, before_rotation, find_rotation
+from QEfficient.transforms.onnx.rotary import Rotation, before_rotation, find_rotation, heads_of
 
 DOMAIN = "com.microsoft"
 #: The operator takes rotations of a multiple of so many pairs.
 _PAIRS = 8
+#: With a rotation inside it takes heads of a multiple of so many dimensions.
+_ROTATED_HEAD = 16
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,11 @@ class _Fusing:
     def _unrotated(self, site: AttentionSite) -> tuple[ir.Value, ir.Value, Rotation | None]:
         """Query and key before rotation and the rotation, or as they are when it cannot be proven."""
         found = []
+        if site.dim % _ROTATED_HEAD:
+            return site.query, site.key, None
         for value, heads in ((site.query, site.heads), (site.key, site.kv_heads)):
             before = before_rotation(value, self.positional, self.order)
-            if before is None or before is value:
+            if before is None or before is value or heads_of(before) != (heads, site.dim):
                 return site.query, site.key, None
             rotation = find_rotation(self.model, before, value, (heads, site.dim), self.ctx_len)
             if rotation is None or rotation.cos.shape[1] % _PAIRS:

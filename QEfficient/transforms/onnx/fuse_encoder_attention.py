@@ -71,10 +71,14 @@ class _Site:
 
 def _find(node: ir.Node) -> _Site | str:
     """The site around a node, or why its heads have to stay apart."""
-    if any(value is not None for value in node.inputs[4:]) or any(value.uses() for value in node.outputs[1:]):
+    more = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    if more or any(value is not None for value in node.inputs[4:]):
         return "it reads or returns a state"
-    if size_at(node.inputs[0], 3) is None:
-        return "its inputs have no heads split off, or of unknown size"
+    if "q_num_heads" in node.attributes:
+        return "its heads are joined already"
+    heads, kv_heads = size_at(node.inputs[0], 1), size_at(node.inputs[1], 1)
+    if heads is None or kv_heads is None:
+        return "the number of its heads is not known"
     joined = []
     for value, role in zip(node.inputs[:3], ("query", "key", "value"), strict=True):
         before = _before_split(value)
@@ -84,9 +88,6 @@ def _find(node: ir.Node) -> _Site | str:
     result = _after_join(node.outputs[0])
     if result is None:
         return "its result is not just joined into [batch, seq, heads * dim]"
-    heads, kv_heads = size_at(node.inputs[0], 1), size_at(node.inputs[1], 1)
-    assert heads is not None
-    assert kv_heads is not None
     return _Site(node, joined, result, heads, kv_heads)
 
 

@@ -17,6 +17,8 @@ from QEfficient.transforms.onnx.graph import Maker
 
 #: The first version of the standard operators with RMSNormalization.
 _OPSET = 23
+#: Norms that are no longer spelled out.
+_WHOLE = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,32 @@ class FuseNorms(OnnxTransform):
     Weights are not touched: what the graph computes from them is read as it is.
 
     The sum of residual and update in front of a norm stays a node of its own. ONNX Runtime has operators that take it
-    in, ``SkipLayerNormalization`` and ``SkipSimplifiedLayerNormalization``, but on the CPU they are scalar loops, which
-    measured 5 to 20 times slower than a vectorised sum and a vectorised norm one after the other.
+    in, ``SkipLayerNormalization`` and ``SkipSimplifiedLayerNormalization``, but on the CPU they are scalar loops:
+    slower than a vectorised sum and a vectorised norm one after the other. Its own optimizer joins an ``Add`` with the
+    ``LayerNormalization`` that alone reads it; such an ``Add`` is written as ``Sum``, which is the same addition and is
+    not joined.
 
-    Contract: https://onnx.ai/onnx/operators/onnx__RMSNormalization.html
+    Contract: https://onnx.ai/onnx/operators/onnx__RMSNormalization.html; what is avoided:
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.SkipLayerNormalization
     """
 
     name: ClassVar[str] = "FuseNorms"
+    version: ClassVar[int] = 2
 
     def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
-        """Facts: ``fused`` counts new operators, ``left`` says of every norm that stays as it is why."""
+        """Facts: ``fused`` counts new operators, ``sums_kept_apart`` sums that would have been joined with a norm,
+        ``left`` says of every norm that stays as it is why.
+        """
         graph = model.graph
         make = Maker(graph, "norm")
         fused: Counter[str] = Counter()
         left: dict[str, str] = {}
+        apart = 0
         opset = graph.opset_imports.get("", 0)
         for node in list(graph):
-            if node.op_type == "LayerNormalization" and not node.domain:
-                left[module_of(node)] = "LayerNormalization is one operator, and fastest without the sum before it"
+            if node.op_type in _WHOLE and not node.domain:
+                left[module_of(node)] = f"{node.op_type} is one operator already"
+                apart += node.op_type == "LayerNormalization" and _keep_apart(node, make)
             elif node.op_type == "ReduceMean" and not node.domain and _squared(node.inputs[0]) is not None:
                 norm = _find(node) if opset >= _OPSET else f"RMSNormalization needs opset {_OPSET}, this is {opset}"
                 if isinstance(norm, str):
@@ -53,11 +63,12 @@ class FuseNorms(OnnxTransform):
                 else:
                     norm.install(make)
                     fused["RMSNormalization"] += 1
-        if fused:
+        if fused or apart:
             passes.RemoveUnusedNodesPass()(model)
         elif not left:
             left["graph"] = "it has no norm"
-        return TransformResult(bool(fused), {"fused": dict(fused), "left": left})
+        facts = {"fused": dict(fused), "sums_kept_apart": apart, "left": left}
+        return TransformResult(bool(fused or apart), facts)
 
 
 @dataclass
@@ -76,6 +87,18 @@ class _Norm:
             weight = make.constant(np.ones(self.width), ir.DataType.FLOAT)
         new = make.op("RMSNormalization", self.x, weight, axis=-1, epsilon=self.epsilon)
         exchange(make, self.node, self.node.outputs[0], new)
+
+
+def _keep_apart(norm: ir.Node, make: Maker) -> bool:
+    """Writes the sum in front of a norm so that ONNX Runtime does not join the two."""
+    sum_ = made_by(norm.inputs[0], "Add")
+    if sum_ is None or only_reader(sum_.outputs[0], "LayerNormalization") is not norm:
+        return False
+    first, second = (value.shape if value is not None else None for value in sum_.inputs)
+    if first is None or first != second or len(first) != 3:  # joined only with operands of one shape of rank 3
+        return False
+    exchange(make, sum_, sum_.outputs[0], make.op("Sum", *sum_.inputs))
+    return True
 
 
 def _find(mean: ir.Node) -> _Norm | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +38,11 @@ class Rotation:
             and np.array_equal(self.sin, other.sin)
         )
 
-    def apply(self, x: np.ndarray, start: int) -> np.ndarray:
-        """float32 [batch, heads, seq, dim] whose first column is at position ``start``."""
+    def apply(self, x: np.ndarray, positions: int | np.ndarray) -> np.ndarray:
+        """float32 [batch, heads, seq, dim] at these positions [seq], or from one on."""
         pairs = self.cos.shape[1]
-        cos, sin = self.cos[start : start + x.shape[2]], self.sin[start : start + x.shape[2]]
+        steps = np.arange(positions, positions + x.shape[2]) if isinstance(positions, int) else positions
+        cos, sin = self.cos[steps], self.sin[steps]
         out = x.copy()
         first, second = _halves(pairs, self.interleaved)
         out[..., first] = x[..., first] * cos - x[..., second] * sin
@@ -88,6 +89,8 @@ def find_rotation(
     Args:
         shape: (heads, dim) of both values, which are [batch, heads, seq, dim].
     """
+    if heads_of(before) not in (None, shape):
+        return None
     try:
         part = Part(model, [after], [before])
     except ValueError:
@@ -95,31 +98,55 @@ def find_rotation(
     if set(part.inputs) - {str(before.name), "position_ids"}:
         return None
 
-    def run(x: np.ndarray, start: int) -> np.ndarray:
-        steps = np.arange(start, start + x.shape[2], dtype=np.int64)[None]
-        (out,) = part.run({str(before.name): x, "position_ids": steps})
+    def run(x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        (out,) = part.run({str(before.name): x, "position_ids": np.asarray(steps, np.int64)[None]})
         return out
 
     heads, dim = shape
-    rng = np.random.default_rng(0)
-    width = min(positions, 64)
-    sample = rng.standard_normal((1, heads, width, dim)).astype(np.float32)
-    starts = sorted({0, positions // 2, positions - width})
-    turned = [run(sample, min(start, positions - width)) for start in starts]
-    changed = np.flatnonzero(np.any([(out != sample).any(axis=(0, 1, 2)) for out in turned], axis=0))
+    blocks = [np.arange(start, min(start + _BLOCK, positions)) for start in range(0, positions, _BLOCK)]
+    sample = np.random.default_rng(0).standard_normal((1, heads, min(positions, _BLOCK), dim)).astype(np.float32)
+    turned = [run(sample[:, :, : len(steps)], steps) for steps in blocks]
+    changed = np.flatnonzero(np.any([(out != sample[:, :, : out.shape[2]]).any(axis=(0, 1, 2)) for out in turned], 0))
     if not len(changed) or (changed[-1] + 1) % 2:
         return None
     pairs = int(changed[-1] + 1) // 2
     for interleaved in (False, True):
         first, second = _halves(pairs, interleaved)
-        ones = np.zeros((1, heads, min(positions, _BLOCK), dim), np.float32)
+        ones = np.zeros_like(sample)
         ones[..., first] = 1
-        tables = [run(ones[:, :, : positions - start], start)[0, 0] for start in range(0, positions, _BLOCK)]
-        table = np.concatenate(tables)
+        table = np.concatenate([run(ones[:, :, : len(steps)], steps)[0, 0] for steps in blocks])
         found = Rotation(np.ascontiguousarray(table[:, first]), np.ascontiguousarray(table[:, second]), interleaved)
-        expected = [found.apply(sample, min(start, positions - width)) for start in starts]
         if all(
-            np.abs(a - b).max() < _TOLERANCE * max(1.0, np.abs(b).max()) for a, b in zip(turned, expected, strict=True)
+            _close(out, found.apply(sample[:, :, : len(steps)], steps))
+            for out, steps in zip(turned, blocks, strict=True)
         ):
-            return found
+            return found if _depends_on_own_position(run, found, sample, positions) else None
     return None
+
+
+def _depends_on_own_position(
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray], found: Rotation, sample: np.ndarray, positions: int
+) -> bool:
+    """Whether a token's factors are the same alone and beside tokens far away (long RoPE's are not)."""
+    last = positions - 1
+    places = sorted(
+        {0, last, *(min(last, max(0, 2**k + d)) for k in range(positions.bit_length()) for d in (-1, 0, 1))}
+    )
+    for place in places:
+        for steps in ([place], [place, last], [place, 0], [0, place, last]):
+            x = sample[:, :, : len(steps)]
+            if x.shape[2] == len(steps) and not _close(run(x, np.array(steps)), found.apply(x, np.array(steps))):
+                return False
+    return True
+
+
+def heads_of(value: ir.Value) -> tuple[int, int] | None:
+    """(heads, dim) of a value [batch, heads, seq, dim], where they are known."""
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    heads, dim = value.shape[1], value.shape[3]
+    return (heads, dim) if isinstance(heads, int) and isinstance(dim, int) else None
+
+
+def _close(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(found - expected).max() < _TOLERANCE * max(1.0, np.abs(expected).max()))
