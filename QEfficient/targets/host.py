@@ -23,7 +23,7 @@ DECODE_TRANSFORMS = ("FoldCasts", "MergeProducts")
 PREFILL_TRANSFORMS = ("FoldCasts", "StateOnly", "RowScaledProducts")
 #: The int8 kernels of many rows are as fast on weights as they lie in the file, which then stay mapped and shared.
 #: The pattern planner would keep a block of memory for every length of prompt it has seen.
-PREFILL_RUNTIME = {"prepacking": False, "memory_pattern": False}
+PREFILL_RUNTIME = {"prepacking": False, "memory_pattern": False, "idle_spinning": False}
 #: A prompt this short runs in the program that makes tokens: the other one need not be opened for it, which takes
 #: longer than it saves, and its weights stay out of memory.
 TAIL_TOKENS = 64

@@ -43,6 +43,8 @@ class HostProgram:
         options.intra_op_num_threads = tuning.threads
         if not tuning.spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        elif not runtime.get("idle_spinning", True):
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if tuning.pinned and tuning.threads > 1:
             options.add_session_config_entry("session.intra_op_thread_affinities", _affinities(tuning.threads))
         options.inter_op_num_threads = 1
