@@ -75,6 +75,14 @@ class TargetFlags:
             rich_help_panel=_TARGET,
         ),
     ] = True
+    prepack: Annotated[
+        bool,
+        typer.Option(
+            "--prepack/--no-prepack",
+            help="Keep int8 and int4 matrices as kernels read them, too: opens sooner, takes more disk. (host only)",
+            rich_help_panel=_TARGET,
+        ),
+    ] = True
     num_cores: Annotated[int | None, _size("Cores of the accelerator. (Cloud AI only)", _TARGET)] = None
     num_devices: Annotated[int | None, _size("Accelerators to spread the model over. (Cloud AI only)", _TARGET)] = None
     device_group: Annotated[
@@ -131,4 +139,4 @@ def flags_set(options: CompileOptions) -> list[str]:
     """The flags that made ``options`` differ from the defaults."""
     default = CompileOptions()
     names = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(default, f.name)]
-    return [f"--{'no-' * (name == 'fuse')}{name.replace('_', '-')}" for name in names]
+    return [f"--{'no-' * (name in ('fuse', 'prepack'))}{name.replace('_', '-')}" for name in names]

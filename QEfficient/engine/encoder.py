@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from QEfficient.engine.arrays import integer_matrix, mask_matrix, same_kind
+from QEfficient.engine.buckets import CALL_TOKENS, buckets
 from QEfficient.engine.package import LoadedPackage
 from QEfficient.errors import InputError
 from QEfficient.targets.manifest import Specialization
@@ -17,6 +18,13 @@ _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids")
 
 class CompiledEncoder(LoadedPackage):
     """A package without state: token ids in, one array out."""
+
+    #: Tokens of a call of `embed`, padding included.
+    _call_tokens = CALL_TOKENS
+
+    def limit_chunk(self, tokens: int) -> None:
+        """Lets `embed` run texts of together at most so many tokens at a time, padding included."""
+        self._call_tokens = tokens
 
     def generate(self, inputs: Mapping[str, Any] | None = None, **arrays: Any) -> dict[str, Any]:
         """Runs a batch.
@@ -55,23 +63,30 @@ class CompiledEncoder(LoadedPackage):
 
         Args:
             texts: strings; longer ones are cut to the package's longest input.
+            batch_size: most texts of one call; fewer run together where that is faster.
 
         Returns:
             float32 [len(texts), hidden].
 
         Raises:
-            InputError: no text, not strings, or the package was compiled without pooling.
+            InputError: no text, not strings, no batch size, or the package was compiled without pooling.
         """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("texts must be a non-empty list of strings.")
         if len(self.manifest.outputs[0].shape) != 2:
             raise InputError("this package gives one vector per token: compile with pooling='mean' (or another) first.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         limit = self.max_length
-        encoded = [_truncated(self.tokenizer.encode(text), limit) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        return self.embed_ids([_truncated(self.tokenizer.encode(text), limit) for text in texts], batch_size)
+
+    def embed_ids(self, encoded: Sequence[Sequence[int]], batch_size: int = 32) -> np.ndarray:
+        """`embed` for texts that are token ids already, special tokens included, none of them empty."""
+        # A package for one batch size pays for every row of it, used or not.
+        fixed = self.manifest.specializations[0].symbols["batch_size"].minimum > 1
+        groups = buckets([len(ids) for ids in encoded], batch_size, None if fixed else self._call_tokens)
         out: np.ndarray | None = None
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in groups:
             width = max(len(encoded[i]) for i in chosen)
             ids = np.zeros((len(chosen), width), np.int64)
             mask = np.zeros_like(ids)
@@ -80,7 +95,7 @@ class CompiledEncoder(LoadedPackage):
                 mask[row, : len(encoded[i])] = 1
             result = self.generate(input_ids=ids, attention_mask=mask)[self.manifest.outputs[0].name]
             if out is None:
-                out = np.empty((len(texts), result.shape[1]), result.dtype)
+                out = np.empty((len(encoded), result.shape[1]), result.dtype)
             out[chosen] = result
         if out is None:
             raise InputError("texts must be a non-empty list of strings.")

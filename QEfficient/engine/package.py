@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +58,7 @@ class LoadedPackage:
         return self._tokenizer
 
     def limit_chunk(self, tokens: int) -> None:
-        """Feeds prompts in steps of at most so many tokens, where the package feeds prompts."""
+        """Runs at most so many tokens in one step, where a package can choose: prompts, texts to embed."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the package; see the subclass for its task."""
@@ -115,8 +116,14 @@ def open_package(
         ) from None
     if tuning is None:
         tuning = recall(manifest, available_cores())
-    session = target.load(place, manifest, threads=threads, tuning=tuning)
     module, _, name = RUNNERS[manifest.task].partition(":")
+    # The target's runtime opens a program outside the interpreter's lock; importing takes a tenth of that time.
+    importing = threading.Thread(target=importlib.import_module, args=(module,))
+    importing.start()
+    try:
+        session = target.load(place, manifest, threads=threads, tuning=tuning)
+    finally:
+        importing.join()
     runner: LoadedPackage = getattr(importlib.import_module(module), name)(place, manifest, session)
     if tuning is not None and tuning.chunk is not None:
         runner.limit_chunk(tuning.chunk)

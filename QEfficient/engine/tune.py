@@ -17,10 +17,10 @@ from QEfficient.targets.tuning import Tuning, available_cores
 
 #: Tokens of the prompt, and tokens made after it, at most.
 _PROMPT, _NEW = 512, 24
-#: Batch and length an encoder is measured with.
-_BATCH, _LENGTH = 16, 64
-#: Step sizes tried for prompts.
-_CHUNKS = (32, 64, 128, 256, 512)
+#: Texts an encoder is measured with, and the most tokens one of them has.
+_TEXTS, _LENGTH = 64, 96
+#: Step sizes tried for prompts, and for the texts of an encoder.
+_CHUNKS, _TEXT_CHUNKS = (32, 64, 128, 256, 512), (256, 1024, 2048)
 #: A choice must be this much faster than the default to be worth leaving it.
 _MARGIN = 1.03
 
@@ -63,7 +63,7 @@ def tune(
         raise OptionError(f"tune measures packages for the host; {directory} is for {manifest.target!r}.")
     first = _measure(directory, _thread_choices(available_cores()), rounds, report)
     best = _best(first)
-    chunks = [] if manifest.task != "text-generation" else _chunk_choices(manifest, best.tuning)
+    chunks = [replace(best.tuning, chunk=size) for size in _step_sizes(manifest)]
     second = _measure(directory, [best.tuning, *chunks], rounds, report) if chunks else []
     winner = _best(second) if second else best
     others = [trial for trial in (*second, *first) if trial.tuning != winner.tuning]
@@ -76,9 +76,11 @@ def _thread_choices(cores: int) -> list[Tuning]:
     return [*choices, Tuning(cores, pinned=True)] if cores > 1 else choices
 
 
-def _chunk_choices(manifest: Manifest, tuning: Tuning) -> list[Tuning]:
-    limit = manifest.specialization("Prefill").symbols["seq_len"].maximum or _PROMPT
-    return [replace(tuning, chunk=size) for size in _CHUNKS if size < limit]
+def _step_sizes(manifest: Manifest) -> list[int]:
+    if manifest.task == "text-generation":
+        limit = manifest.specialization("Prefill").symbols["seq_len"].maximum or _PROMPT
+        return [size for size in _CHUNKS if size < limit]
+    return list(_TEXT_CHUNKS) if len(manifest.outputs[0].shape) == 2 else []
 
 
 def _measure(
@@ -110,14 +112,24 @@ def _rates(package: LoadedPackage) -> tuple[float, float]:
     random = np.random.default_rng(0)
     capacity = getattr(package, "ctx_len", None)
     if capacity is None:
-        longest = getattr(package, "max_length", None)
-        shape = (_BATCH, min(_LENGTH, longest or _LENGTH))
-        ids = random.integers(0, vocabulary, shape)
-        began = time.perf_counter()
-        package.generate(input_ids=ids, attention_mask=np.ones_like(ids))
-        return ids.size / (time.perf_counter() - began), 0.0
+        return _encoder_rate(package, vocabulary), 0.0
     new = max(1, min(_NEW, capacity // 2))
     ids = random.integers(0, vocabulary, (1, max(1, min(_PROMPT, capacity - new))))
     package.generate(input_ids=ids, max_new_tokens=new + 1, do_sample=False, eos_token_id=[])
     metrics = package.last_metrics  # type: ignore[attr-defined]
     return metrics.prefill_tokens_per_s, metrics.decode_tokens_per_s
+
+
+def _encoder_rate(package: LoadedPackage, vocabulary: int) -> float:
+    """Tokens per second: texts of many lengths where they become vectors, otherwise a batch of one length."""
+    random = np.random.default_rng(0)
+    longest = min(_LENGTH, getattr(package, "max_length", None) or _LENGTH)
+    if len(package.manifest.outputs[0].shape) == 2:
+        texts = [random.integers(0, vocabulary, int(size)).tolist() for size in random.integers(1, longest + 1, _TEXTS)]
+        began = time.perf_counter()
+        package.embed_ids(texts)  # type: ignore[attr-defined]
+        return sum(map(len, texts)) / (time.perf_counter() - began)
+    ids = random.integers(0, vocabulary, (_TEXTS // 4, longest))
+    began = time.perf_counter()
+    package.generate(input_ids=ids, attention_mask=np.ones_like(ids))
+    return ids.size / (time.perf_counter() - began)

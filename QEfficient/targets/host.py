@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class HostTarget:
     def normalise(self, options: CompileOptions) -> CompileOptions:
         if options.dry_run:
             raise OptionError("the host target needs no SDK and compiles here: leave out dry_run.")
-        options = options.replace(target=self.name)
+        options = options.replace(target=self.name, prepack=options.prepack and options.weights != "fp32")
         if options.weights in ("int4", "mixed"):
             options = options.replace(group_size=options.group_size or DEFAULT_GROUP)
         if options.ctx_len is None:
@@ -123,6 +124,7 @@ class HostTarget:
         """Writes the programs and ``weights/``; marks the states that can be updated in their own buffer."""
         from QEfficient.onnx_io import load_model, save_model
         from QEfficient.targets.host_program import in_place_states
+        from QEfficient.targets.prepacked import prepack, record_entries
         from QEfficient.targets.program_files import place_weights
 
         manifest, options = request.manifest, request.options
@@ -136,9 +138,16 @@ class HostTarget:
                 specializations = _two_programs(specializations)
         else:
             programs[PROGRAM_FILE] = load_model(request.onnx_path)
-        place_weights(list(programs.values()), request)
+        # Weights of prompts are read as they lie in the file (PREFILL_RUNTIME).
+        first, *others = programs.values()
+        with tempfile.TemporaryDirectory(dir=request.directory) as scratch:
+            if options.prepack:
+                request.progress("prepacking weights", 0, 1)
+                prepack(first, others, Path(scratch), runtime)
+            place_weights(list(programs.values()), request)
         for file, model in programs.items():
             save_model(model, request.directory / file)
+            record_entries(model, request.directory / file)
         states = in_place_states(list(programs.values()), manifest.states)
         return manifest.replace(program=PROGRAM_FILE, states=states, runtime=runtime, specializations=specializations)
 

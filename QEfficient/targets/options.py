@@ -62,6 +62,8 @@ class CompileOptions:
         group_size: inputs that share a scale in ``int4`` and ``mixed``: 16, 32, 64, 128 or 256. Smaller is more exact,
             larger is faster. None takes the host's default.
         fuse: let the host replace parts of the graph by larger operators; False runs the exported graph as it is.
+        prepack: keep quantized matrices also in the layout the host's kernels read: the package is larger by about its
+            quantized matrices, opens sooner, and processes that run it share their memory.
         num_cores, num_devices, device_group, mxfp6_matmul, mxint8_kv_cache, mos, aic_enable_depth_first,
             allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host.
         dry_run: write what a target's compiler takes without compiling, for a target whose SDK is not here. Such a
@@ -78,6 +80,7 @@ class CompileOptions:
     weights: str = "fp32"
     group_size: int | None = None
     fuse: bool = True
+    prepack: bool = True
     num_cores: int | None = None
     num_devices: int | None = None
     device_group: tuple[int, ...] | None = None
@@ -111,7 +114,7 @@ class CompileOptions:
         for name in ("num_cores", "num_devices"):
             _positive(name, getattr(self, name))
         flags = ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io", "dry_run", "fuse")
-        for name in flags:
+        for name in (*flags, "prepack"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_weights()

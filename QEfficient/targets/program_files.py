@@ -10,6 +10,7 @@ import onnx_ir as ir
 from QEfficient.onnx_io import FileTensor, file_tensors, write_tensors
 from QEfficient.store.files import place_file
 from QEfficient.targets.base import CompileRequest
+from QEfficient.targets.prepacked import PrepackedTensor
 
 WEIGHTS_DIR = "weights"
 #: A file of which less than this is read is written anew with what is read.
@@ -34,7 +35,8 @@ def place_weights(models: Sequence[ir.Model], request: CompileRequest) -> None:
         name = _unused(Path(members[0].location).name, names)
         status = file.stat()
         own = (status.st_dev, status.st_ino) not in request.originals
-        if own and _read_share(file, members) < _MOSTLY:
+        whole = any(isinstance(tensor, PrepackedTensor) for tensor in members)  # the file holds more than they read
+        if own and not whole and _read_share(file, members) < _MOSTLY:
             _rewrite(members, place / name)
         else:
             place_file(file, place / name)

@@ -27,7 +27,8 @@ class Tuning:
         threads: threads of one program.
         spinning: threads wait busily for the next operator instead of going to sleep.
         pinned: each thread stays on one core.
-        chunk: prompt tokens per step; None takes what the package was compiled for.
+        chunk: tokens per step of a prompt, or per call of an encoder's texts; None takes what the package was compiled
+            for, or the encoder's default.
     """
 
     threads: int
@@ -38,7 +39,7 @@ class Tuning:
     def __str__(self) -> str:
         words = [f"{self.threads} thread{'s' if self.threads > 1 else ''}", "spinning" if self.spinning else "sleeping"]
         words += ["pinned"] * self.pinned
-        words += [f"prompts in steps of {self.chunk}"] if self.chunk else []
+        words += [f"{self.chunk} tokens per step"] if self.chunk else []
         return ", ".join(words)
 
 
