@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def load_model(path: Path) -> ir.Model:
     if not path.is_file():
         raise PackageError(f"{path} does not exist: pass the model.onnx that export() returned.")
     try:
-        model = ir.load(path)
+        with warnings.catch_warnings():
+            # ONNX Runtime's own entries beside location, offset and length (targets/prepacked.py).
+            warnings.filterwarnings("ignore", "Ignoring unknown external data key", UserWarning)
+            model = ir.load(path)
     # The ONNX parser raises its own protobuf errors besides these; all mean the same to a reader.
     except (ValueError, TypeError, OSError, RuntimeError, KeyError, DecodeError) as error:
         raise PackageError(f"{path} is not a readable ONNX model: {type(error).__name__}.") from None

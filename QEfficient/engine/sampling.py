@@ -215,7 +215,7 @@ def _share(weights: np.ndarray) -> np.ndarray:
 
 
 def _check_logits(logits: np.ndarray, which: np.ndarray, rows: int) -> None:
-    if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
+    if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f":
         kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
         raise InputError(f"Logits must be a floating-point numpy array [rows, vocab], got {kind}.")
     if which.ndim != 1 or which.dtype.kind not in "iu" or ((which < 0) | (which >= rows)).any():

@@ -34,7 +34,7 @@ MIXED_EXTRA = 0.3
 DEFAULT_GROUP = 128
 
 #: Prompt tokens per step when nothing is asked for: enough rows for the matrix kernels to reach their speed.
-DEFAULT_PREFILL = 128
+DEFAULT_PREFILL = 256
 #: A training step keeps many activations for a while. Without the pattern planner, which would reserve the sum of what
 #: a step uses, the peak halves; the arena stays, because taking fresh pages at every step costs a third of its time.
 #: Weights stay mapped instead of being repacked; nodes run in the graph's order, which holds only without the runtime's

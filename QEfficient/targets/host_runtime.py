@@ -64,6 +64,7 @@ class HostProgram:
         """Forgets every binding."""
         self._binding = self._session.io_binding()
         self._results: dict[str, np.ndarray] = {}
+        self._feeds: dict[str, np.ndarray] = {}
         #: Output names in the order they were first bound, which is the order ONNX Runtime returns them in.
         self._bound: list[str] = []
         self.row = -1
@@ -72,6 +73,15 @@ class HostProgram:
         """Reads ``array`` in every run until the name is bound anew; ignored when the program has no such input."""
         if name in self.inputs:
             _bind(self._binding.bind_input, name, array)
+
+    def feed(self, name: str, array: np.ndarray) -> None:
+        """Reads a copy of ``array`` from now on: for small arrays that change with each run, less work than binding."""
+        buffer = self._feeds.get(name)
+        if buffer is not None and buffer.shape == array.shape:
+            np.copyto(buffer, array)
+            return
+        self._feeds[name] = np.array(array, order="C")
+        self.bind_input(name, self._feeds[name])
 
     def bind_state(self, source: str, result: str, read: np.ndarray, written: np.ndarray) -> None:
         """Binds a state's input and output."""
@@ -108,14 +118,14 @@ class HostProgram:
         """Binds an output to a reused buffer; False when its shape is not known before the run."""
         self._note(spec.name)
         if not all(isinstance(d, int) or d in symbols for d in spec.shape):
+            self._results.pop(spec.name, None)
             self._binding.bind_output(spec.name, "cpu")
             return False
         shape = tuple(symbols[d] if isinstance(d, str) else d for d in spec.shape)
         buffer = self._results.get(spec.name)
         if buffer is None or buffer.shape != shape:
-            buffer = np.empty(shape, dtype=spec.dtype)
-            self._results[spec.name] = buffer
-        _bind(self._binding.bind_output, spec.name, buffer)
+            self._results[spec.name] = np.empty(shape, dtype=spec.dtype)
+            _bind(self._binding.bind_output, spec.name, self._results[spec.name])
         return True
 
     def _note(self, output: str) -> None:

@@ -86,9 +86,8 @@ class HostSession:
         program = self._program(spec.program or self.manifest.program)
         if self.manifest.states and program.row != row:
             self._bind_states(program, row)
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        for name, array in arrays.items():
-            program.bind_input(name, array)
+        for name, array in feeds.items():
+            program.feed(name, array)
         results = program.run(self.manifest.outputs, symbols, specialization)
         self._retain(program, row)
         return results

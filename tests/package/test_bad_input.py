@@ -424,6 +424,8 @@ def test_texts_to_embed(bert):
     with QEfficient.load(bert.package) as package:
         for texts in ("one string", [], [1], ["a", None]):
             refused(lambda texts=texts: package.embed(texts), InputError, "non-empty list of strings")
+        for n in (0, -1, 2.5, True, "8"):
+            refused(lambda n=n: package.embed(["a"], batch_size=n), InputError, "batch_size must be", repr(n))
 
 
 # ---------------------------------------------------------------------------------------- the disk

@@ -468,7 +468,8 @@ def ranges(file: Path) -> dict[str, tuple[str, int, int]]:
 @pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("llama", "int4"), ("llama_tied", "int4")])
 def test_no_byte_is_there_twice(name: str, weights: str) -> None:
     """Two programs, whose common tensors are one; nothing of the weights before, and nothing that nobody reads."""
-    package = compiled(name, weights).qpc_path
+    options = INT4 if weights == "int4" else INT8
+    package = QEFFAutoModelForCausalLM(original(name)).compile(**SHAPE, **options, prepack=False)
     programs = {path.name: ranges(path) for path in package.glob("*.onnx")}
     assert len(programs) == 2
     assert {spec.program for spec in Manifest.load(package).specializations} | {"program.onnx"} == {"", *programs}

@@ -343,6 +343,9 @@ def test_minilm_equals_sentence_transformers(minilm: MiniLM) -> None:
         # Text in, in other batches: the same vectors, in the order of the texts.
         if pooling == "mean":
             np.testing.assert_allclose(model._ready().embed(minilm.sentences, batch_size=7), expected, atol=1e-5)
+            for tokens in (1, 100, 10_000):
+                model._ready().limit_chunk(tokens)
+                np.testing.assert_allclose(model._ready().embed(minilm.sentences), expected, atol=1e-5)
     assert len(packages) == len(exports) == 3
     for one, other in (("mean", "cls"), ("mean", "max"), ("cls", "max")):
         assert np.abs(found[one] - found[other]).max(axis=1).min() > 0.1
