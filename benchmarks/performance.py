@@ -29,7 +29,16 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from peers.compiling import measure_compile
-from peers.contenders import EMBEDDERS, ENGINES, GENERATORS, GROUPS, PEER_NAMES, installed, interpreters
+from peers.contenders import (
+    EMBEDDERS,
+    ENGINES,
+    GENERATORS,
+    GROUPS,
+    PEER_NAMES,
+    Contender,
+    installed,
+    interpreters,
+)
 from peers.embedding import measure_embeddings, sentences
 from peers.machine import Bandwidth, cores, describe
 from peers.prepare import Row, Run
@@ -95,6 +104,9 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--quick", action="store_true", help=f"demo model and MiniLM only, {QUICK_ROUNDS} rounds")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these measurements")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "demo"], help="only these (default: all but demo)")
+    parser.add_argument(
+        "--float-up-to", type=int, metavar="MILLIONS", help="no float weights for shapes with more parameters than this"
+    )
     parser.add_argument("--sentences", type=Path, help="texts to embed: .jsonl with question or text, or a text a line")
     parser.add_argument("--texts", type=int, default=512, help="how many of them (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="held-out text for the quality of the demo model")
@@ -145,6 +157,11 @@ def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
+    def contenders(shape: Shape) -> list[Contender]:
+        limit = options.float_up_to
+        small = limit is None or shape.parameters <= limit * 1_000_000
+        return [contender for contender in chosen if small or contender.group != "float"]
+
     run.read_memory()
     if "quality" in only:
         store("quality", measure_quality(run, chosen, scored))
@@ -154,10 +171,10 @@ def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
     if "prefill" in only or "decode" in only:
         for shape in shapes:
             new = shape.new if "decode" in only else 0
-            store("speed", measure_speed(run, shape, sources[shape.name], chosen, new))
+            store("speed", measure_speed(run, shape, sources[shape.name], contenders(shape), new))
     if "cold" in only:
         shape = preferred(shapes, COLD_SHAPE)
-        store("cold", measure_cold(run, shape, sources[shape.name], chosen))
+        store("cold", measure_cold(run, shape, sources[shape.name], contenders(shape)))
     if "compile" in only:
         shape = preferred(shapes, COMPILE_SHAPE)
         int4 = [contender for contender in chosen if contender.precision in ("int4", "q4_0")]

@@ -58,7 +58,14 @@ class Contender:
         return self.engine == OURS
 
 
-_SPELLED = {"q4_0": "Q4_0", "q8_0": "Q8_0", "f32": "F32", "onnx": "ONNX", "onnx-int8": "ONNX int8"}
+_SPELLED = {
+    "q4_0": "Q4_0",
+    "q4_0-own": "Q4_0 by its quantizer",
+    "q8_0": "Q8_0",
+    "f32": "F32",
+    "onnx": "ONNX",
+    "onnx-int8": "ONNX int8",
+}
 #: Classes of weight precision, in the order they are measured. Only engines of one class are compared.
 GROUPS = ("float", "int8", "int4")
 #: Who makes text; the first one is what the quality of the others is compared with.
@@ -70,7 +77,8 @@ GENERATORS = tuple(
             ("openvino", "fp32"), ("llama", "f32"), ("llama", "bf16"),
         ),
         "int8": ((OURS, "int8"), ("genai", "int8"), ("openvino", "int8"), ("llama", "q8_0")),
-        "int4": ((OURS, "int4"), (OURS, "mixed"), ("genai", "int4"), ("openvino", "int4"), ("llama", "q4_0")),
+        "int4": ((OURS, "int4"), (OURS, "mixed"), ("genai", "int4"), ("openvino", "int4"), ("llama", "q4_0"),
+                 ("llama", "q4_0-own")),
     }.items()
     for engine, precision in entries
 )  # fmt: skip

@@ -7,6 +7,11 @@ from typing import Any
 
 from worker import Engine, Setup, main
 
+#: The precision that llama.cpp's own quantizer makes of Q4_0: the embedding and the head keep more bits.
+OWN = "q4_0-own"
+#: ``LLAMA_FTYPE_MOSTLY_Q4_0`` of llama.h.
+_MOSTLY_Q4_0 = 2
+
 
 class LlamaEngine(Engine):
     distributions = ("llama-cpp-python", "gguf")
@@ -15,7 +20,15 @@ class LlamaEngine(Engine):
     def convert(cls, source: Path, destination: Path, precision: str) -> Path:
         from to_gguf import convert
 
-        return convert(source, destination.with_suffix(".gguf"), precision)
+        made = destination.with_suffix(".gguf")
+        if precision != OWN:
+            return convert(source, made, precision)
+        whole = convert(source, made.with_name(f"{made.stem}-f32.gguf"), "f32")
+        try:
+            _quantize(whole, made)
+        finally:
+            whole.unlink()
+        return made
 
     def load(self, setup: Setup) -> None:
         import llama_cpp
@@ -73,6 +86,19 @@ class LlamaEngine(Engine):
             return self._rows(self.api.llama_get_logits(self.context), len(window))[prompt:].copy()
         finally:
             self.api.llama_batch_free(batch)
+
+
+def _quantize(source: Path, destination: Path) -> None:
+    import ctypes
+
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    wanted = llama_cpp.llama_model_quantize_default_params()
+    wanted.ftype = _MOSTLY_Q4_0
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(wanted))
+    if code:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
 
 
 def _quiet(level: int, text: bytes, data: Any) -> None:

@@ -22,8 +22,9 @@ all-MiniLM-L6-v2 are real.
 
 Each engine runs with its makers' defaults, except for the number of threads: OpenVINO computes in bfloat16 where the
 processor can, whatever the files hold; llama.cpp keeps keys and values in 16 bits, this library and ONNX Runtime in 32.
-In 4 bits the embedding and the head have 4 bits too, in all engines. How the peers are set up is in
-[benchmarks/peers](../benchmarks/peers/README.md).
+In 4 bits the embedding and the head have 4 bits too, in all engines, except where it says *by its quantizer*: what
+llama.cpp's own makes of the checkpoint, which keeps these two in 6 or 8 bits, as our *mixed* does. How the peers are
+set up is in [benchmarks/peers](../benchmarks/peers/README.md).
 """
 
 
