@@ -15,11 +15,16 @@ from QEfficient.cli.user_errors import user_errors
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
 
 
-def add_command(app: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
+def add_command(
+    app: typer.Typer, function: Callable[..., None], name: str | None = None, *, open_ended: bool = False
+) -> None:
     """Registers ``function`` as a command of ``app``.
 
     A parameter whose type is a dataclass stands for a group: each field (``Annotated`` with a `typer.Option`) is one
     flag, and the function gets the filled dataclass. So flags that several commands share are written once.
+
+    Args:
+        open_ended: flags nobody declared go to the command's last argument, as they were written.
     """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type] = {}
@@ -44,7 +49,7 @@ def add_command(app: typer.Typer, function: Callable[..., None], name: str | Non
     # What typer reads the flags from.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name)(run)
+    app.command(name, context_settings={"ignore_unknown_options": open_ended})(run)
 
 
 def _flags_of(group: type) -> list[inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,13 @@ from QEfficient.errors import OptionError
 
 
 def finetune(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Model directory or hub id; may come from --config.", show_default=False),
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL|CONFIG.yaml] [NAME=VALUE]...",
+            help="Model directory or hub id, or a file of options; then any option, as NAME=VALUE or --NAME VALUE.",
+            show_default=False,
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -68,7 +73,10 @@ def finetune(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="State peak memory and step time, and stop before training.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the data and the label audit.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved options, the data audit and the memory estimate, and stop."),
+    ] = False,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="Continue from this checkpoint.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where the output directory holds an earlier run.")
@@ -86,20 +94,28 @@ def finetune(
     qefficient finetune ./my-model --dataset rows.jsonl --output tuned --epochs 3 --lr 1e-4
     qefficient finetune ./my-model --dataset sample --output tuned --steps 60 --base-weights int4 --recompute
     qefficient finetune ./my-model --dataset rows.jsonl --output tuned --estimate
+    qefficient finetune run.yaml learning_rate=1e-4 lora_config.r=16 --dry-run
     """
-    given = _from_file(config) | _settings(setting or [])
+    from QEfficient.finetune.layers import overlay, read_layers, read_words
+
+    model, file, rest = _first_word(list(words or []))
+    if file is not None and config is not None:
+        raise OptionError(f"{config} and {file} are both files of options: give one, which may name the other as base.")
+    source = file or config
+    given = {} if source is None else read_layers(source)
+    given = overlay(given, read_words([*rest, *(f"--{pair}" for pair in _pairs(setting or []))]))
     chosen: dict[str, Any] = {
         "model_id": model, "dataset_name": dataset, "output_dir": output, "num_train_epochs": epochs,
         "max_steps": steps, "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
         "learning_rate": lr, "max_ctx_len": max_ctx_len, "base_weights": base_weights, "target": target,
         "resume_from_checkpoint": resume,
     }  # fmt: skip
-    given |= {name: value for name, value in chosen.items() if value is not None}
+    given = overlay(given, {name: value for name, value in chosen.items() if value is not None})
     switches = {
         "packing": packing, "recompute": recompute, "dry_run": dry_run, "overwrite_output_dir": overwrite,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    given |= {name: True for name, on in switches.items() if on}
+    given = overlay(given, {name: True for name, on in switches.items() if on})
     if no_validate:
         given["validate"] = False
     if full and rank is not None:
@@ -107,45 +123,56 @@ def finetune(
     if full:
         given["lora_config"] = None
     elif rank is not None:
-        given["lora_config"] = {**(given.get("lora_config") or {}), "r": rank}
+        given = overlay(given, {"lora_config": {"r": rank}})
     from QEfficient.finetune.config import ALIASES
-    from QEfficient.finetune.options import split_options
+    from QEfficient.finetune.options import resolved_text, split_options
 
     if not any(given.get(name) for name in ("model_id", *(k for k, v in ALIASES.items() if v == "model_id"))):
         raise OptionError("name a model: qefficient finetune MODEL --dataset DATA --output DIR.")
+    preset = given.pop("preset", None)
     what, how = split_options(given)
     if what.dataset_name is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
     from QEfficient.finetune.refine import QEfficient
 
-    run = QEfficient(what, how, transforms=tuple(transform or ()), cache_home_dir=cache_dir)
-    if estimate:
-        from QEfficient.finetune.estimate import estimate_run
+    def prepared(options: Mapping[str, Any]) -> QEfficient:
+        return QEfficient(*split_options(options), transforms=tuple(transform or ()), cache_home_dir=cache_dir)
 
+    from QEfficient.finetune.estimate import estimate_run
+
+    if preset is not None:
+        from QEfficient.finetune.presets import budget_mb, fitted
+
+        given = fitted(given, budget_mb(preset), lambda options: estimate_run(prepared(options)))
+        what, how = split_options(given)
+    run = prepared(given)
+    if estimate:
         typer.echo(str(estimate_run(run)))
         return
+    if how.dry_run and how.process_index == 0:
+        typer.echo(resolved_text(what, how))
     run.refine(load=False)
-    if how.process_index == 0:
+    if how.dry_run and how.process_index == 0:
+        typer.echo(str(estimate_run(run)))
+    elif how.process_index == 0:
         typer.echo(str(how.output_dir))
 
 
-def _from_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    from QEfficient.finetune.settings_file import read_settings
+def _first_word(words: list[str]) -> tuple[str | None, Path | None, list[str]]:
+    """(model, file of options, the other words): the first word names one of the two, unless it is an option."""
+    if not words or words[0].startswith("-"):
+        return None, None, words
+    first = words[0]
+    if first.endswith((".yaml", ".yml", ".json")) and not Path(first).is_dir():
+        return None, Path(first), words[1:]
+    if "=" in first and not Path(first).exists():
+        return None, None, words
+    return first, None, words[1:]
 
-    return dict(read_settings(str(path), "fine-tuning options"))
 
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML of the option's type, so that numbers and lists are what they look like."""
-    found: dict[str, Any] = {}
+def _pairs(pairs: list[str]) -> list[str]:
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, equals, _ = pair.partition("=")
         if not equals or not name:
             raise OptionError(f"--set takes NAME=VALUE, got {pair!r}.")
-        from QEfficient.finetune.options import read_value
-
-        name = name.replace("-", "_")
-        found[name] = read_value(name, text)
-    return found
+    return pairs

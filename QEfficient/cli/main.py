@@ -55,5 +55,5 @@ def main(
 
 
 for _command in (infer, embed, export, compile, execute, validate, tune, finetune, merge, doctor):
-    add_command(app, _command)
+    add_command(app, _command, open_ended=_command is finetune)
 app.add_typer(cache.app)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from QEfficient.errors import OptionError
+from QEfficient.finetune.data.database import is_database, without_password
+from QEfficient.finetune.data.filters import read_filters
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
 from QEfficient.finetune.settings_file import read_settings, write_settings
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 TASKS = ("generation", "seq_classification")
 TRAIN_ON = ("completion", "assistant", "last", "all")
+ON_BAD_ROW = ("error", "skip")
 TRUNCATION = ("truncate", "cut_answer", "drop", "error")
 
 #: Spelling of a document or another tool -> canonical name.
@@ -33,6 +36,12 @@ ALIASES = {
     **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
 }
+
+#: Options that are a text or None.
+_TEXTS = (
+    *("tokenizer_name", "dataset_config", "dataset_query", "dataset_table"),
+    *("train_split", "eval_split", "system_prompt", "chat_template"),
+)
 
 _Self = TypeVar("_Self", bound="QEffConfig")
 
@@ -53,6 +62,8 @@ class QEffConfig:
         task: ``"generation"`` or ``"seq_classification"``.
         tokenizer_name: None means ``model_id``.
         dataset_config: subset of a hub dataset.
+        dataset_query, dataset_table: what to read from a database, when ``dataset_name`` is its SQLAlchemy URL
+            (``sqlite:///rows.db``); ``${NAME}`` in the URL is taken from the environment.
         train_split, eval_split: splits of the source; None means found by their usual names.
         dataset_format: ``"auto"`` or a name of ``QEfficient.finetune.data.formats.FORMATS``.
         columns: our column name -> the column of the data that holds it.
@@ -63,6 +74,10 @@ class QEffConfig:
             of a conversation), ``"all"``.
         truncation: rows above ``max_ctx_len``: ``"truncate"`` shortens the prompt and refuses data whose answers do
             not fit, ``"cut_answer"`` then cuts answers too, ``"drop"`` leaves such rows out, ``"error"`` refuses them.
+        on_bad_row: rows that are malformed or do not fit the others: ``"error"`` stops at the first, ``"skip"`` leaves
+            them out and reports each.
+        filters: which rows are left out, in this order, before the split: ``"dedupe"``, ``"near_duplicates:0.8"``,
+            ``"quality"``, ``"min_words:3"``, ``"max_words:400"``, ``"file.py:function"`` or a callable.
         packing: several short rows in one, kept apart by their segment numbers.
         sample_size: most training rows, drawn with ``seed``.
         seed: of the split, the sample and the order of rows.
@@ -82,6 +97,8 @@ class QEffConfig:
     task: str = "generation"
     tokenizer_name: str | None = None
     dataset_config: str | None = None
+    dataset_query: str | None = None
+    dataset_table: str | None = None
     train_split: str | None = None
     eval_split: str | None = None
     dataset_format: str = "auto"
@@ -90,6 +107,8 @@ class QEffConfig:
     chat_template: str | None = None
     train_on: str = "completion"
     truncation: str = "truncate"
+    on_bad_row: str = "error"
+    filters: tuple[Any, ...] | None = None
     packing: bool = False
     sample_size: int | None = None
     seed: int = 42
@@ -118,13 +137,17 @@ class QEffConfig:
         put("seed", integer("seed", self.seed, minimum=0))
         if self.sample_size is not None:
             put("sample_size", integer("sample_size", self.sample_size))
-        for name in ("tokenizer_name", "dataset_config", "train_split", "eval_split", "system_prompt", "chat_template"):
+        for name in _TEXTS:
             if getattr(self, name) is not None:
                 text(name, _path_text(getattr(self, name)))
                 put(name, _path_text(getattr(self, name)))
-        for name, allowed in (("task", TASKS), ("train_on", TRAIN_ON), ("truncation", TRUNCATION)):
+        choices = {"task": TASKS, "train_on": TRAIN_ON, "truncation": TRUNCATION, "on_bad_row": ON_BAD_ROW}
+        for name, allowed in choices.items():
             choice(name, getattr(self, name), allowed)
         self._check_format()
+        if self.filters is not None:
+            put("filters", (self.filters,) if isinstance(self.filters, str) else tuple(self.filters))
+            read_filters(self.filters)
         for name in ("packing", "trust_remote_code"):
             boolean(name, getattr(self, name))
         for name in ("columns", "custom_dataset_config"):
@@ -212,10 +235,13 @@ class QEffConfig:
         return cls(**mapping("the configuration", values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option under its canonical name, as plain JSON values; data in memory becomes a description."""
+        """Every option under its canonical name, as plain JSON values; data in memory becomes a description, and a
+        password in a database URL ``***``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if values["dataset_name"] is not None and not isinstance(values["dataset_name"], str):
             values["dataset_name"] = describe_memory(values["dataset_name"])
+        elif values["dataset_name"] is not None and is_database(values["dataset_name"]):
+            values["dataset_name"] = without_password(values["dataset_name"])
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod

@@ -12,7 +12,7 @@ from QEfficient.finetune import arguments, config, lora
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.keywords import plain_types
-from QEfficient.finetune.settings_file import parse_value
+from QEfficient.finetune.settings_file import parse_value, settings_text
 
 #: Where an option is given -> its names there, other spellings included.
 PLACES: dict[str, list[str]] = {
@@ -42,6 +42,22 @@ def split_options(given: Mapping[str, Any]) -> tuple[QEffConfig, QEffTrainingArg
         else:
             raise OptionError(f"there is no option {name!r}.{where(name, 'QEffConfig', 'QEffTrainingArgs')}")
     return QEffConfig(**what), QEffTrainingArgs(**how)
+
+
+def resolved(what: QEffConfig, how: QEffTrainingArgs) -> dict[str, Any]:
+    """One flat set of options that makes the same run: all of ``what``, and what differs from the defaults of ``how``.
+
+    Tokens are left out.
+    """
+    usual = QEffTrainingArgs().to_dict()
+    changed = {k: v for k, v in how.to_dict().items() if v != usual.get(k) and not k.endswith("_token")}
+    changed.pop("seed", None)  # one option of both
+    return {**what.to_dict(), "output_dir": how.output_dir, **changed}
+
+
+def resolved_text(what: QEffConfig, how: QEffTrainingArgs) -> str:
+    """`resolved` as YAML."""
+    return settings_text(resolved(what, how)).rstrip("\n")
 
 
 def where(name: str, *owners: str) -> str:

@@ -19,14 +19,18 @@ from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, 
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.model_manager import QEffModelManager
+from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
 from QEfficient.finetune.reference import reference_model
+from QEfficient.finetune.settings_file import write_settings
 from QEfficient.finetune.trainer import QEffTrainer
 from QEfficient.progress import bar
 from QEfficient.store.files import write_errors
 from QEfficient.transforms.onnx.queue import TransformLike, resolve
 
 CONFIG_FILE, ARGUMENTS_FILE, PROOF_FILE = "refine_config.yaml", "training_args.yaml", "validate.json"
+#: Both of the first two as one file, which `qefficient finetune` runs again.
+RUN_FILE = "run.yaml"
 
 
 class QEfficient:
@@ -141,6 +145,7 @@ class QEfficient:
             data.write_report(output)
             self.config.save(output / CONFIG_FILE)
             chosen.save(output / ARGUMENTS_FILE)
+            write_settings(output / RUN_FILE, resolved(self.config, chosen), "the options of the run")
         if chosen.dry_run:
             return None, manager.tokenizer
         with bar(f"preparing {self.config.model_id}") as report:

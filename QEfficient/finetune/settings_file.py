@@ -83,8 +83,13 @@ def write_settings(path: str | Path, values: Mapping[str, Any], what: str) -> Pa
     if path.suffix.lower() == ".json":
         body = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
     else:
-        body = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+        body = settings_text(values)
     return write_text(path, body, what)
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    """A mapping of plain values as YAML."""
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
 def write_text(path: Path, body: str, what: str) -> Path:

@@ -23,10 +23,15 @@ from QEfficient.store.files import place_file
 from QEfficient.targets.host_runtime import set_up
 
 _ENTRY = "prepacked_"
-#: ONNX Runtime maps each layout on its own, and its kernels count on the alignment it writes them with.
+#: Operators whose kernels arrange weights; all take float32.
+_PRODUCTS = ("MatMulNBits", "DynamicQuantizeMatMul", "MatMul", "Gemm")
+#: Kernels count on a layout beginning as a block of memory does. ONNX Runtime itself aligns the large ones only, and
+#: computes nonsense with the others.
 _ALIGNMENT = 4096
 #: Bytes that are copied at a time.
 _BLOCK = 1 << 24
+#: Bytes below which a weight stays in the model file.
+_LEAST = 1024
 
 
 class PrepackedTensor(FileTensor):
@@ -43,21 +48,21 @@ class PrepackedTensor(FileTensor):
 
 
 def prepack(program: ir.Model, others: Sequence[ir.Model], scratch: Path, runtime: Mapping[str, Any]) -> None:
-    """Replaces the weights of ``program`` that kernels rearrange by a `PrepackedTensor` in a new file in ``scratch``.
+    """Moves the weights of ``program`` that kernels rearrange into a new file in ``scratch``, beside their layouts.
 
     Tensors of ``others``, or of the program itself, that read the same bytes read them in the new file.
     """
+    kernels = _kernels_with_weights(program)
+    if not file_tensors(kernels):
+        return
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         place = Path(name)
-        path = place / "program.onnx"
-        for location, file in weight_files(program).items():
+        for location, file in weight_files(kernels).items():
             (place / location).parent.mkdir(parents=True, exist_ok=True)
             place_file(file, place / location)
-        save_model(program, path)
-        arranged, blobs = _arranged_by_kernels(path, runtime)
-        if not arranged:
-            return
-        _replace(program, others, arranged, blobs, scratch / "prepacked.bin")
+        save_model(kernels, place / "kernels.onnx")
+        saved = _arranged(place / "kernels.onnx", runtime)
+        _move(program, others, saved, scratch / "prepacked.bin")
 
 
 def record_entries(program: ir.Model, path: Path) -> None:
@@ -73,48 +78,81 @@ def record_entries(program: ir.Model, path: Path) -> None:
     onnx.save(proto, path)
 
 
-def _arranged_by_kernels(path: Path, runtime: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], Path]:
-    """Initializer name -> its entries, and the file they speak of, beside the program."""
+def _kernels_with_weights(program: ir.Model) -> ir.Model:
+    """A graph of nothing but the products with matrices in files, each with inputs of its own."""
+    graph = program.graph
+    inputs: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    weights: dict[str, ir.Value] = {}
+    for node in graph:
+        if node.op_type not in _PRODUCTS or not any(_is_file(value) for value in node.inputs):
+            continue
+        taken: list[ir.Value | None] = []
+        for value in node.inputs:
+            if value is None or value.is_initializer():
+                taken.append(None if value is None else weights.setdefault(str(value.name), _copy(value)))
+                continue
+            inputs.append(ir.Value(name=f"input_{len(inputs)}", type=ir.TensorType(ir.DataType.FLOAT)))
+            taken.append(inputs[-1])
+        nodes.append(ir.Node(node.domain, node.op_type, taken, list(node.attributes.values()), num_outputs=1))
+        result = nodes[-1].outputs[0]
+        result.name, result.type = f"output_{len(nodes)}", ir.TensorType(ir.DataType.FLOAT)
+    outputs = [node.outputs[0] for node in nodes]
+    kernels = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=list(weights.values()), opset_imports=dict(graph.opset_imports)
+    )
+    return ir.Model(kernels, ir_version=program.ir_version)
+
+
+def _is_file(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and isinstance(value.const_value, FileTensor)
+
+
+def _copy(value: ir.Value) -> ir.Value:
+    tensor = value.const_value
+    if isinstance(tensor, FileTensor):  # the program's own keeps its place
+        shape = ir.Shape(tensor.shape)
+        tensor = FileTensor(
+            tensor.file, tensor.location, tensor.offset, tensor.length, tensor.dtype, shape, str(tensor.name)
+        )
+    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor)
+
+
+def _arranged(path: Path, runtime: Mapping[str, Any]) -> Path:
+    """The model as ONNX Runtime saves it, with its weights and their arrangements in a file beside it."""
     saved = path.with_name("arranged.onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    set_up(options, runtime)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.optimized_model_filepath = str(saved)
     entries = {
         "session.save_external_prepacked_constant_initializers": "1",
         "session.optimized_model_external_initializers_file_name": f"{saved.stem}.bin",
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(_LEAST),
     }
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    set_up(options, runtime)
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    found: dict[str, dict[str, str]] = {}
-    for initializer in onnx.load(saved, load_external_data=False).graph.initializer:
-        own = {e.key: e.value for e in initializer.external_data if e.key.startswith(_ENTRY)}
-        if own:
-            found[initializer.name] = own
-    return found, saved.with_suffix(".bin")
+    return saved
 
 
-def _replace(
-    program: ir.Model,
-    others: Sequence[ir.Model],
-    arranged: Mapping[str, Mapping[str, str]],
-    blobs: Path,
-    path: Path,
-) -> None:
+def _move(program: ir.Model, others: Sequence[ir.Model], saved: Path, path: Path) -> None:
+    """Copies what the saved model arranged, and the weights it comes from, to ``path``; tensors then read it there."""
     moved: dict[tuple[Path, int, int], int] = {}
     values = program.graph.initializers
-    with open(path, "xb") as out, open(blobs, "rb") as source:
-        for name, entries in arranged.items():
-            tensor = values[name].const_value if name in values else None
-            if not isinstance(tensor, FileTensor):
-                continue  # made by the runtime's own rewriting
-            with open(tensor.file, "rb") as weights:
-                offset = _append(weights, tensor.offset, tensor.length, out)
+    with open(path, "xb") as out, open(saved.with_suffix(".bin"), "rb") as source:
+        for initializer in onnx.load(saved, load_external_data=False).graph.initializer:
+            where = {entry.key: entry.value for entry in initializer.external_data}
+            entries = {key: value for key, value in where.items() if key.startswith(_ENTRY)}
+            if not entries:
+                continue
+            tensor = values[initializer.name].const_value
+            assert isinstance(tensor, FileTensor)
+            offset = _append(source, int(where.get("offset", 0)), tensor.length, out)
             moved[tensor.file, tensor.offset, tensor.length] = offset
             new = {key: _moved(value, source, out) for key, value in entries.items()}
-            values[name].const_value = PrepackedTensor.at(tensor, path, offset, new)
+            values[initializer.name].const_value = PrepackedTensor.at(tensor, path, offset, new)
     for model in (program, *others):
         for tensor in file_tensors(model).values():
             place = moved.get((tensor.file, tensor.offset, tensor.length))

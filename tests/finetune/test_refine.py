@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from step_models import torch_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -432,8 +433,41 @@ def test_the_dry_run_stops_after_the_data(tiny_checkpoint: Path, rows_file: Path
     result = command(tiny_checkpoint, "-d", rows_file, "-o", tmp_path / "out", "--dry-run", "--max-ctx-len", 64)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "data_report.json", "refine_config.yaml", "training_args.yaml",
+        "data_report.json", "qpc", "refine_config.yaml", "run.yaml", "training_args.yaml",
     ]  # fmt: skip
+    # The options as they were resolved, the audit, and what the run will need.
+    shown = yaml.safe_load(result.stdout.split("peak memory")[0])
+    assert shown == yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert shown["max_ctx_len"] == 64
+    assert "trained tokens" in result.stderr
+    assert "peak memory" in result.stdout
+    assert "step time" in result.stdout
+
+
+def test_a_run_from_a_file_and_words(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Files that build on files, words of any form, and the file a run leaves, which makes the same run again."""
+    (tmp_path / "base.yaml").write_text("lr: 1e-2\nmax_ctx_len: 64\nlora_config: {rank: 2, lora_alpha: 4}\n")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"base: base.yaml\nmodel: {tiny_checkpoint}\ndata: {rows_file}\nbatch_size: 4\n")
+    words = ["max_steps=2", "--lora_config.r", "3", "--no-plot", "--learning-rate=5e-3", "--no_validate"]
+    result = command(file, *words, "-o", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (3, 4)
+    assert not (tmp_path / "one" / "loss.png").exists()
+    again = command(tmp_path / "one" / "run.yaml", f"output_dir={tmp_path / 'two'}")
+    assert again.exit_code == 0, again.output
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_preset_fits_the_run(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
+    words = ["-d", rows_file, "--max-ctx-len", 64, "--steps", 1, "--dry-run", "preset=host-64gb", "batch_size=4"]
+    result = command(tiny_checkpoint, *words, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    run = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (run["per_device_train_batch_size"], run.get("gradient_accumulation_steps", 1)) == (4, 1)
+    assert "preset" not in run
 
 
 def test_a_file_of_options_and_words_that_win_over_it(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -465,6 +499,10 @@ def test_a_file_of_options_and_words_that_win_over_it(tiny_checkpoint: Path, row
         (["no-such-model", "-d", "DATA"], "no-such-model"),
         (["MODEL", "-d", "DATA", "--max-ctx-len", "4096"], "128 positions"),
         (["MODEL", "-d", "DATA", "--config", "missing.yaml"], "missing.yaml"),
+        (["missing.yaml", "-d", "DATA"], "missing.yaml"),
+        (["MODEL", "-d", "DATA", "--learning_rte", "1e-4"], "Did you mean 'learning_rate'"),
+        (["MODEL", "-d", "DATA", "stray"], "'stray' is no option"),
+        (["MODEL", "-d", "DATA", "preset=host-3gb"], "preset must be one of"),
     ],
 )
 def test_what_the_command_refuses(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 #: What plain text puts around a trained span.
 OPEN, CLOSE = "[[", "]]"
 
+#: Sentences about rows that cannot be read which a report keeps.
+MOST_BAD_ROWS = 1000
+
 #: Share of rows cut inside an answer above which a run is probably not what was meant.
 CUT_WARNING = 0.05
 
@@ -100,6 +103,8 @@ class LabelAudit:
         sample_row: its number in the source, from 1.
         notes: what was decided or looks wrong, one sentence each.
         classes: label name -> class id, for classification.
+        filtered: filter -> rows it removed, before the split.
+        bad_rows: why rows were left out that cannot be read, a sentence each, the first of them.
     """
 
     source: str
@@ -109,6 +114,8 @@ class LabelAudit:
     sample_row: int
     notes: list[str] = field(default_factory=list)
     classes: dict[str, int] | None = None
+    bad_rows: list[str] = field(default_factory=list)
+    filtered: dict[str, int] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """The audit as plain text; trained spans stand between double brackets."""
@@ -163,6 +170,8 @@ class LabelAudit:
 
     def _lines(self) -> list[str]:
         lines = [f"data: {self.source}, format {self.format}"]
+        if self.filtered:
+            lines.append("filtered: " + ", ".join(f"{name} {count:,}" for name, count in self.filtered.items()))
         for name, split in self.splits.items():
             line = (
                 f"{name}: {split.rows:,} of {split.rows_in:,} rows, {split.tokens:,} tokens, "

@@ -6,7 +6,9 @@ import csv
 import gzip
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,22 @@ from QEfficient.finetune.keywords import short
 from QEfficient.finetune.settings_file import nearest_file
 
 Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands among rows for one that cannot be read; ``why`` is a sentence for people."""
+
+    why: str
+
+
+#: What is done with a bad row: raises, or returns what stands in its place.
+OnBad = Callable[[str], Unreadable]
+
+
+def stop(why: str) -> Unreadable:
+    """Refuses the whole data set for one row."""
+    raise InputError(why)
 
 
 def suffix_of(path: Path) -> str:
@@ -28,8 +46,12 @@ def is_data_file(path: Path) -> bool:
     return suffix_of(path) in READERS
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, bad: OnBad = stop) -> Rows:
     """The rows of a data file, in order; a list of dicts, or a ``datasets.Dataset`` for Parquet and Arrow.
+
+    Args:
+        path: the file.
+        bad: what is done with a row that is malformed or does not fit the others.
 
     Raises:
         InputError: no such file, an unknown suffix, malformed content (with its line), rows that are not objects, a
@@ -41,16 +63,43 @@ def read_file(path: Path) -> Rows:
     if reader is None:
         raise InputError(f"{path} has a suffix that is no data format: use {', '.join(sorted(READERS))}.")
     try:
-        rows = reader(path)
+        rows = reader(path, bad)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it.") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path} cannot be decompressed ({error}): make it again.") from error
     if not len(rows):
         raise InputError(f"There are no rows in {path}.")
-    if isinstance(rows, list):
-        check_types(rows, str(path))
-    return rows
+    return check_rows(rows, str(path), bad) if isinstance(rows, list) else rows
+
+
+def check_rows(rows: list[Any], where: str, bad: OnBad = stop) -> list[Any]:
+    """The rows, with ``bad`` in place of those that are no dicts or hold another type than a column usually does.
+
+    Raises:
+        InputError: by ``bad``.
+    """
+    if bad is stop:
+        check_types(rows, where)
+        return rows
+    kinds: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, dict) else ():
+            if (kind := _kind(value)) is not None:
+                kinds.setdefault(name, Counter())[kind] += 1
+    usual = {name: counts.most_common(1)[0][0] for name, counts in kinds.items()}
+    return [_checked(row, number, where, usual, bad) for number, row in enumerate(rows, start=1)]
+
+
+def _checked(row: Any, number: int, where: str, usual: dict[str, str], bad: OnBad) -> Any:
+    if isinstance(row, Unreadable):
+        return row
+    if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
+        return bad(f"Row {number} of {where} is {short(row)}, and a row must be an object with named columns.")
+    for name, value in row.items():
+        if _kind(value) not in (None, usual.get(name)):
+            return bad(f"Row {number} of {where} holds {_kind(value)} in {name!r}, and others {usual[name]}.")
+    return row
 
 
 def check_types(rows: Sequence[Any], where: str) -> None:
@@ -100,22 +149,23 @@ def _open(path: Path) -> io.TextIOBase:
     return open(path, encoding="utf-8-sig", newline="")
 
 
-def _json_lines(path: Path) -> list[Any]:
-    rows = []
+def _json_lines(path: Path, bad: OnBad) -> list[Any]:
+    rows: list[Any] = []
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"Line {number} of {path} is not JSON ({error}): correct or remove it.") from error
-            if not isinstance(rows[-1], dict):
-                raise InputError(f"Line {number} of {path} is {short(rows[-1])}, and a row must be an object.")
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = bad(f"Line {number} of {path} is not JSON ({error}): correct or remove it.")
+            if not isinstance(row, dict | Unreadable):
+                row = bad(f"Line {number} of {path} is {short(row)}, and a row must be an object.")
+            rows.append(row)
     return rows
 
 
-def _json(path: Path) -> list[Any]:
+def _json(path: Path, bad: OnBad) -> list[Any]:
     with _open(path) as file:
         body = file.read()
     if not body.strip():
@@ -126,7 +176,7 @@ def _json(path: Path) -> list[Any]:
         # Several objects in a .json file are JSON Lines under another name.
         first = body.lstrip().splitlines()[0]
         if _is_object(first) and len(body.strip().splitlines()) > 1:
-            return _json_lines(path)
+            return _json_lines(path, bad)
         raise InputError(f"{path} is not JSON ({error}): correct it.") from error
     if isinstance(found, dict):
         found = _unwrapped(path, found)
@@ -155,34 +205,43 @@ def _unwrapped(path: Path, found: dict[str, Any]) -> Any:
     return [found]
 
 
-def _separated(separator: str) -> Callable[[Path], list[Any]]:
-    def read(path: Path) -> list[Any]:
+def _separated(separator: str) -> Callable[[Path, OnBad], list[Any]]:
+    def read(path: Path, bad: OnBad) -> list[Any]:
+        rows: list[Any] = []
         with _open(path) as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
-            rows = []
             try:
                 names = reader.fieldnames or []
-                if len(set(names)) != len(names) or not all(names):
-                    raise InputError(f"The first line of {path} must name every column once, got {short(names)}.")
-                for row in reader:
-                    # DictReader puts surplus fields under None and fills missing ones with None.
-                    if None in row or None in row.values():
-                        raise InputError(f"Line {reader.line_num} of {path} does not have {len(names)} fields.")
-                    rows.append(dict(row))
             except csv.Error as error:
-                raise InputError(f"Line {reader.line_num} of {path} is malformed ({error}): correct it.") from error
-        return rows
+                raise InputError(f"The first line of {path} is malformed ({error}): correct it.") from error
+            if len(set(names)) != len(names) or not all(names):
+                raise InputError(f"The first line of {path} must name every column once, got {short(names)}.")
+            while True:
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    rows.append(bad(f"Line {reader.line_num} of {path} is malformed ({error}): correct it."))
+                    continue
+                if row is None:
+                    return rows
+                # DictReader puts surplus fields under None and fills missing ones with None.
+                if None in row or None in row.values():
+                    rows.append(bad(f"Line {reader.line_num} of {path} does not have {len(names)} fields."))
+                else:
+                    rows.append(dict(row))
 
     return read
 
 
-def _text(path: Path) -> list[Any]:
+def _text(path: Path, bad: OnBad) -> list[Any]:
+    del bad  # every line is a row
     with _open(path) as file:
         return [{"text": line} for line in file.read().splitlines() if line.strip()]
 
 
-def _arrow(kind: str) -> Callable[[Path], Any]:
-    def read(path: Path) -> Any:
+def _arrow(kind: str) -> Callable[[Path, OnBad], Any]:
+    def read(path: Path, bad: OnBad) -> Any:
+        del bad  # columns have types
         import pyarrow
         from datasets import Dataset
 
@@ -195,7 +254,7 @@ def _arrow(kind: str) -> Callable[[Path], Any]:
 
 
 #: Suffix -> reader.
-READERS: dict[str, Callable[[Path], Any]] = {
+READERS: dict[str, Callable[[Path, OnBad], Any]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -288,6 +288,24 @@ def check_one_format(rows: Iterable[Row]) -> None:
     )
 
 
+def usual_names(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The columns of the rows that have the most common format; where rows may be skipped, these decide.
+
+    Args:
+        rows: after ``Renamer``.
+    """
+    kinds: Counter[str | None] = Counter()
+    names: dict[str | None, dict[str, None]] = {}
+    known: dict[frozenset[str], str | None] = {}
+    for row in rows:
+        columns = frozenset(row)
+        if columns not in known:
+            known[columns] = next((item.name for item in _ALL if item.matches(columns)), None)
+        kinds[known[columns]] += 1
+        names.setdefault(known[columns], {}).update(dict.fromkeys(row))
+    return tuple(names[kinds.most_common(1)[0][0]]) if kinds else ()
+
+
 def _called(name: str | None) -> str:
     return "no known format" if name is None else f"format {name}"
 

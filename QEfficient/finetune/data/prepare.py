@@ -12,11 +12,12 @@ import numpy as np
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
-from QEfficient.finetune.data.audit import LabelAudit, SplitReport, check_split, describe_split, spans
+from QEfficient.finetune.data.audit import MOST_BAD_ROWS, LabelAudit, SplitReport, check_split, describe_split, spans
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
-from QEfficient.finetune.data.files import Rows
-from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row
+from QEfficient.finetune.data.files import Rows, Unreadable
+from QEfficient.finetune.data.filters import apply_filters, read_filters
+from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row, usual_names
 from QEfficient.finetune.data.sources import Source, columns_of
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.progress import Progress
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPORT = "data_report.json"
+#: Why rows are left out under ``on_bad_row="skip"``, in reports.
+_BAD = "malformed"
 #: Formats whose answers get an end token.
 _ANSWERS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 #: Rows between progress reports.
@@ -69,10 +72,20 @@ class Preparation:
 
     def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
         self.config, self.tokenizer, self.source = config, tokenizer, source
+        if isinstance(source.train, list) and all(isinstance(row, Unreadable) for row in source.train):
+            raise InputError(f"No row of {source.name} can be read, the first: {source.train[0].why}")
         self._renamer = Renamer(config.columns, columns_of(source.train))
+        self._names_of_rows = self._renamer.names
         if config.dataset_format == "auto" and isinstance(source.train, list):  # others have the same columns anyway
-            check_one_format(map(self._renamer, source.train))
-        self.format = detect(self._renamer.names, config.task, config.dataset_format)
+            rows = (self._renamer(row) for row in source.train if not isinstance(row, Unreadable))
+            if config.on_bad_row == "skip":
+                self._names_of_rows = usual_names(rows)
+            else:
+                check_one_format(rows)
+        self.format = detect(self._names_of_rows, config.task, config.dataset_format)
+        self.bad_rows: list[str] = []
+        self._filters = read_filters(config.filters or ())
+        self.filtered: Counter[str] = Counter()
         if self.format.name in _ANSWERS and config.train_on != "all" and tokenizer.eos_token_id is None:
             raise OptionError(NO_END)
         self.notes = list(source.notes)
@@ -92,7 +105,7 @@ class Preparation:
         """What stands between prompt and answer where there is no chat template."""
         if self.format.name == "alpaca":
             return "\n"
-        pairs = pairs_in(self._renamer.names)
+        pairs = pairs_in(self._names_of_rows)
         return "\n" if self.format.name == "prompt_completion" and pairs[0] != ("prompt", "completion") else ""
 
     def identity(self) -> dict[str, Any]:
@@ -107,8 +120,10 @@ class Preparation:
             "truncation",
             "sample_size",
             "seed",
+            "on_bad_row",
         ]
-        return {"format": self.format.name, **{name: getattr(self.config, name) for name in names}}
+        filters = [item.identity for item in self._filters]
+        return {"format": self.format.name, "filters": filters, **{name: getattr(self.config, name) for name in names}}
 
     def run(self, progress: Progress) -> None:
         """Does the work.
@@ -117,15 +132,16 @@ class Preparation:
             InputError: a row that does not fit the format, answers that do not fit the length, no trained token.
         """
         config, source = self.config, self.source
+        usable = self._filtered(source.train, progress)
         if source.evaluation is None:
-            train, evaluation = split_rows(len(source.train), config.train_frac, config.seed)
+            train, evaluation = (usable[part] for part in split_rows(len(usable), config.train_frac, config.seed))
             parts = {"train": (source.train, train), "eval": (source.train, evaluation)}
             if not len(evaluation) and config.train_frac < 1:
                 self.notes.append("there is one row only, so there are none for evaluation.")
         else:
             parts = {
-                "train": (source.train, np.arange(len(source.train))),
-                "eval": (source.evaluation, np.arange(len(source.evaluation))),
+                "train": (source.train, usable),
+                "eval": (source.evaluation, self._filtered(source.evaluation, progress)),
             }
         rows, numbers = parts["train"]
         parts["train"] = rows, sample_rows(numbers, config.sample_size, config.seed)
@@ -153,6 +169,20 @@ class Preparation:
             self._done[name] = tokens, report
         self._audit = self._make_audit()
 
+    def _filtered(self, rows: Rows, progress: Progress) -> np.ndarray:
+        """Numbers of the rows that filters leave, ascending from 0; rows that cannot be read stay, to be counted."""
+        if not self._filters:
+            return np.arange(len(rows))
+        progress("filtering rows", 0, len(rows))
+        unreadable = {number for number in range(len(rows)) if isinstance(rows[number], Unreadable)}
+        readable = [(n, self._renamer(rows[n])) for n in range(len(rows)) if n not in unreadable]
+        kept, removed = apply_filters(self._filters, readable)
+        self.filtered.update(removed)
+        if not kept:
+            reasons = ", ".join(f"{count} × {name}" for name, count in removed.items() if count)
+            raise InputError(f"The filters leave no row ({reasons}): choose others.")
+        return np.array(sorted({*kept, *unreadable}))
+
     def _encode(
         self, name: str, rows: Rows, numbers: np.ndarray, progress: Progress
     ) -> tuple[list[tuple[int, Encoded]], Counter[str], Counter[str]]:
@@ -163,14 +193,17 @@ class Preparation:
         for done, index in enumerate(numbers.tolist()):
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
-            example = read_row(self.format, self._renamer(rows[index]), index + 1)
-            if example is None:
+            try:
+                row = self._encode_row(rows[index], index + 1)
+            except InputError as error:
+                if self.config.on_bad_row == "error":
+                    raise
+                dropped[_BAD] += 1
+                self.bad_rows.append(str(error))
+                continue
+            if row is None:
                 dropped["empty"] += 1
                 continue
-            try:
-                row = self._encoder.encode(example)
-            except InputError as error:
-                raise InputError(f"Row {index + 1} cannot be encoded: {error}") from error
             if isinstance(row, Dropped):
                 dropped[row.reason] += 1
                 needs += [(row.needs, index + 1)] if row.needs else []
@@ -180,6 +213,18 @@ class Preparation:
         if needs:
             raise InputError(self._too_long(name, needs, len(numbers)))
         return found, dropped, marks
+
+    def _encode_row(self, row: Any, number: int) -> Encoded | Dropped | None:
+        """A row of the source as tokens; None when a required value is empty, InputError when it cannot be read."""
+        if isinstance(row, Unreadable):
+            raise InputError(row.why)
+        example = read_row(self.format, self._renamer(row), number)
+        if example is None:
+            return None
+        try:
+            return self._encoder.encode(example)
+        except InputError as error:
+            raise InputError(f"Row {number} cannot be encoded: {error}") from error
 
     def _too_long(self, name: str, needs: list[tuple[int, int]], count: int) -> str:
         longest, number = max(needs)
@@ -219,6 +264,11 @@ class Preparation:
         return "check the columns, max_ctx_len and train_on"
 
     def _make_audit(self) -> LabelAudit:
+        if self.bad_rows:
+            self.notes.append(
+                f"{len(self.bad_rows):,} rows cannot be read and were left out (on_bad_row='skip'), the first: "
+                f"{self.bad_rows[0]}"
+            )
         train = self._done["train"][0]
         if self.format.name == "tokenized" and not {"labels", "completion_mask", "assistant_masks"} & set(
             self._renamer.names
@@ -232,6 +282,8 @@ class Preparation:
             int(train.numbers[0]),
             self.notes,
             self._names,
+            self.bad_rows[:MOST_BAD_ROWS],
+            dict(self.filtered),
         )
 
     def save(self, directory: Path) -> None:

@@ -82,6 +82,7 @@ def _label_weights(row: Row, ids: np.ndarray) -> np.ndarray:
 
 def _integers(name: str, value: Any, size: int | None = None) -> np.ndarray:
     """A list, array or tensor ``[L]`` or ``[1, L]`` as int64 ``[L]``."""
+    value = _decoded(value)
     detach = getattr(value, "detach", None)
     try:
         array = np.asarray(detach().cpu() if callable(detach) else value)
@@ -196,7 +197,7 @@ def alpaca(row: Row) -> Exchange | None:
     if not instruction.strip() or not answers or not _string("output", answers[0]).strip():
         return None
     history = []
-    for pair in row.get("history") or []:
+    for pair in _list("history", row.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"history must hold [question, answer] pairs, got {short(pair)}.")
         history.append((_string("history", pair[0]), _string("history", pair[1])))
@@ -241,6 +242,8 @@ def classification(row: Row) -> Labeled | None:
     label, pair = row.get("label"), row.get("sentence2") if name == "sentence1" else None
     if row[name] is None or label is None or not _string(name, row[name]).strip():
         return None
+    if isinstance(label, str) and label.strip().isdecimal():
+        label = int(label)  # CSV files and some databases hold numbers as text
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise InputError(f"label must be an integer or a string, got {short(label)}.")
     if isinstance(label, int) and label < 0:
@@ -268,6 +271,17 @@ def _string(name: str, value: Any) -> str:
 
 
 def _list(name: str, value: Any) -> list[Any]:
+    value = _decoded(value)
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise InputError(f"{name} must be a list, got {short(value)}.")
     return list(value)
+
+
+def _decoded(value: Any) -> Any:
+    """A list that a text column holds as JSON, as CSV files and databases do; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

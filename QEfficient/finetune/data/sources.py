@@ -10,7 +10,8 @@ from typing import Any
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig, describe_memory
-from QEfficient.finetune.data.files import Rows, check_types, is_data_file, read_file, suffix_of
+from QEfficient.finetune.data.database import is_database, read_database, without_password
+from QEfficient.finetune.data.files import OnBad, Rows, Unreadable, check_rows, is_data_file, read_file, stop, suffix_of
 from QEfficient.finetune.keywords import short
 from QEfficient.finetune.settings_file import nearest_file
 from QEfficient.suggest import did_you_mean
@@ -50,22 +51,28 @@ def load_source(config: QEffConfig) -> Source:
         InputError: data that is missing, malformed, empty or of mixed types.
         OptionError: a split that does not exist, or a name that is nothing known.
     """
-    data = config.dataset_name
+    data, bad = config.dataset_name, Unreadable if config.on_bad_row == "skip" else stop
     if data is None:
         raise OptionError(
             "QEffConfig needs dataset_name: 'sample', a file, a directory, a hub id or a list of rows; only a custom "
             "dataset class does without."
         )
     if not isinstance(data, str):
-        splits = _from_memory(data)
+        splits = _from_memory(data, bad)
         return _choose(describe_memory(data), splits, config)
     if data in BUNDLED:
         return _choose(f"{data} (bundled)", {"train": read_file(_SAMPLES / BUNDLED[data])}, config)
+    if is_database(data):
+        found = read_database(data, config.dataset_query, config.dataset_table)
+        shown = without_password(data)
+        return _choose(shown, {"train": check_rows(found, shown, bad)}, config)
+    if config.dataset_query is not None or config.dataset_table is not None:
+        raise OptionError(f"dataset_query and dataset_table are for databases, and {data!r} is no database URL.")
     path = Path(data).expanduser()
     if path.is_file():
-        return _choose(str(path), {"train": read_file(path)}, config)
+        return _choose(str(path), {"train": read_file(path, bad)}, config)
     if path.is_dir():
-        return _choose(str(path), _from_directory(path, config), config)
+        return _choose(str(path), _from_directory(path, config, bad), config)
     if is_data_file(path) or path.is_absolute() or data.startswith((".", "~")) or not _HUB_ID.fullmatch(data):
         raise InputError(f"There is no data at {path}.{nearest_file(path)}")
     return _choose(data, _from_hub(data, config), config)
@@ -78,14 +85,14 @@ def bundled_path(name: str) -> Path:
     return _SAMPLES / BUNDLED[name]
 
 
-def _from_memory(data: Any) -> dict[str, Rows]:
+def _from_memory(data: Any, bad: OnBad = stop) -> dict[str, Rows]:
     if isinstance(data, Mapping):
         # A DatasetDict, or a plain dict of splits.
-        return {str(name): rows_of(rows, f"split {name!r}") for name, rows in data.items()}
-    return {"train": rows_of(data, "dataset_name")}
+        return {str(name): rows_of(rows, f"split {name!r}", bad=bad) for name, rows in data.items()}
+    return {"train": rows_of(data, "dataset_name", bad=bad)}
 
 
-def rows_of(data: Any, where: str, check: bool = True) -> Rows:
+def rows_of(data: Any, where: str, check: bool = True, bad: OnBad = stop) -> Rows:
     """Rows from an iterable of dicts, a ``datasets.Dataset`` or a torch ``Dataset``.
 
     Raises:
@@ -106,9 +113,7 @@ def rows_of(data: Any, where: str, check: bool = True) -> Rows:
         raise InputError(f"{where} must be rows, each a dict of named columns, got {short(data)}.")
     if not len(rows):
         raise InputError(f"There are no rows in {where}.")
-    if check and isinstance(rows, list):
-        check_types(rows, where)
-    return rows
+    return check_rows(rows, where, bad) if check and isinstance(rows, list) else rows
 
 
 def _as_dict(row: Any) -> Any:
@@ -120,7 +125,7 @@ def _is_arrow(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "column_names")
 
 
-def _from_directory(path: Path, config: QEffConfig) -> dict[str, Rows]:
+def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> dict[str, Rows]:
     names = {entry.name for entry in path.iterdir()}
     if "dataset_dict.json" in names or ("state.json" in names and "dataset_info.json" in names):
         from datasets import load_from_disk
@@ -137,7 +142,7 @@ def _from_directory(path: Path, config: QEffConfig) -> dict[str, Rows]:
     if not known and len(files) == 1:
         known = {"train": files[0]}
     if known:
-        return {name: read_file(file) for name, file in known.items()}
+        return {name: read_file(file, bad) for name, file in known.items()}
     return _from_hub(str(path), config)
 
 
@@ -189,4 +194,4 @@ def columns_of(rows: Rows) -> list[str]:
     names = getattr(rows, "column_names", None)
     if names is not None:
         return list(names)
-    return list(dict.fromkeys(name for row in rows for name in row))
+    return list(dict.fromkeys(name for row in rows if not isinstance(row, Unreadable) for name in row))
