@@ -40,7 +40,7 @@ from peers.contenders import (
     interpreters,
 )
 from peers.embedding import measure_embeddings, sentences
-from peers.machine import Bandwidth, cores, describe
+from peers.machine import Bandwidth, describe
 from peers.prepare import Row, Run
 from peers.report import page
 from peers.speed import measure_cold, measure_speed
@@ -48,6 +48,8 @@ from platformdirs import user_cache_path
 from quality import measure_quality, windows
 from rich.console import Console
 from shapes import ROOT, SHAPES, Shape, shape_named, write_checkpoint
+
+from QEfficient.targets.tuning import available_cores
 
 SECTIONS = ("prefill", "decode", "cold", "embed", "compile", "quality")
 #: Shapes of the sections that need only one, unless --shapes leaves it out.
@@ -59,7 +61,9 @@ console = Console(stderr=True)
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of this family takes."""
-    parser.add_argument("--threads", type=int, default=cores(), help="threads per engine (default: cores, %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=available_cores(), help="threads per engine (default: cores, %(default)s)"
+    )
     parser.add_argument(
         "--peer",
         action="append",

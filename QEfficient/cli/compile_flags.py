@@ -139,4 +139,4 @@ def flags_set(options: CompileOptions) -> list[str]:
     """The flags that made ``options`` differ from the defaults."""
     default = CompileOptions()
     names = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(default, f.name)]
-    return [f"--{'no-' * (name in ('fuse', 'prepack'))}{name.replace('_', '-')}" for name in names]
+    return [f"--{'no-' * (getattr(default, name) is True)}{name.replace('_', '-')}" for name in names]

@@ -11,9 +11,14 @@ from QEfficient.engine.arrays import integer_matrix, mask_matrix, same_kind
 from QEfficient.engine.buckets import CALL_TOKENS, buckets
 from QEfficient.engine.package import LoadedPackage
 from QEfficient.errors import InputError
-from QEfficient.targets.manifest import Specialization
+from QEfficient.targets.manifest import Manifest, Specialization
 
 _ACCEPTED = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def gives_vectors(manifest: Manifest) -> bool:
+    """Whether each text becomes one vector, [batch, hidden], and not one per token."""
+    return len(manifest.outputs[0].shape) == 2
 
 
 class CompiledEncoder(LoadedPackage):
@@ -73,7 +78,7 @@ class CompiledEncoder(LoadedPackage):
         """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("texts must be a non-empty list of strings.")
-        if len(self.manifest.outputs[0].shape) != 2:
+        if not gives_vectors(self.manifest):
             raise InputError("this package gives one vector per token: compile with pooling='mean' (or another) first.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")

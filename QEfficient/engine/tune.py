@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from QEfficient.engine.encoder import gives_vectors
 from QEfficient.engine.package import LoadedPackage, open_package
 from QEfficient.errors import OptionError
 from QEfficient.targets.manifest import Manifest
@@ -80,7 +81,7 @@ def _step_sizes(manifest: Manifest) -> list[int]:
     if manifest.task == "text-generation":
         limit = manifest.specialization("Prefill").symbols["seq_len"].maximum or _PROMPT
         return [size for size in _CHUNKS if size < limit]
-    return list(_TEXT_CHUNKS) if len(manifest.outputs[0].shape) == 2 else []
+    return list(_TEXT_CHUNKS) if gives_vectors(manifest) else []
 
 
 def _measure(
@@ -109,10 +110,10 @@ def _best(trials: Sequence[Trial]) -> Trial:
 def _rates(package: LoadedPackage) -> tuple[float, float]:
     """(prompt tokens per second, generated tokens per second) of one run."""
     vocabulary = package.manifest.model.get("vocab_size") or 100
-    random = np.random.default_rng(0)
     capacity = getattr(package, "ctx_len", None)
     if capacity is None:
         return _encoder_rate(package, vocabulary), 0.0
+    random = np.random.default_rng(0)
     new = max(1, min(_NEW, capacity // 2))
     ids = random.integers(0, vocabulary, (1, max(1, min(_PROMPT, capacity - new))))
     package.generate(input_ids=ids, max_new_tokens=new + 1, do_sample=False, eos_token_id=[])
@@ -124,7 +125,7 @@ def _encoder_rate(package: LoadedPackage, vocabulary: int) -> float:
     """Tokens per second: texts of many lengths where they become vectors, otherwise a batch of one length."""
     random = np.random.default_rng(0)
     longest = min(_LENGTH, getattr(package, "max_length", None) or _LENGTH)
-    if len(package.manifest.outputs[0].shape) == 2:
+    if gives_vectors(package.manifest):
         texts = [random.integers(0, vocabulary, int(size)).tolist() for size in random.integers(1, longest + 1, _TEXTS)]
         began = time.perf_counter()
         package.embed_ids(texts)  # type: ignore[attr-defined]

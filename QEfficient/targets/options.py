@@ -113,10 +113,9 @@ class CompileOptions:
             _positive(name, getattr(self, name))
         for name in ("num_cores", "num_devices"):
             _positive(name, getattr(self, name))
-        flags = ("mxfp6_matmul", "mxint8_kv_cache", "aic_enable_depth_first", "allow_mxint8_mdp_io", "dry_run", "fuse")
-        for name in (*flags, "prepack"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
+                raise OptionError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}.")
         self._check_weights()
         if not isinstance(self.target, str):
             raise OptionError(f"target must be a name such as 'host', got {self.target!r}.")

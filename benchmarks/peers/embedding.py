@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from quality import cosine
-from shapes import ROOT
+from quality import SAMPLES, cosine
 
 from peers.contenders import Contender
 from peers.prepare import Prepared, Row, Run, in_order, prepare, row
@@ -19,7 +18,6 @@ from peers.turns import Player, batches, take_turns
 BATCH = 32
 #: Longest input, in tokens, that anything is loaded for.
 _CONTEXT = 512
-SAMPLES = ROOT / "QEfficient" / "finetune" / "samples" / "arithmetic.jsonl"
 #: Whose vectors the others are compared with: the first of these that ran.
 _REFERENCES = ("sentences-torch", "qefficient-fp32")
 

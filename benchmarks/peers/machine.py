@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from QEfficient.targets.tuning import available_cores
 
 #: Much larger than any cache.
 _BYTES = 400_000_000
@@ -40,17 +41,12 @@ class Bandwidth:
         return sum(part.nbytes for part in self._parts) / (time.perf_counter() - began) / 1e9
 
 
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe() -> dict[str, Any]:
     """The machine, for the report."""
     return {
         "cpu": _line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "flags": _flags(),
-        "cores": cores(),
+        "cores": available_cores(),
         "memory_gb": round(_kilobytes("MemTotal") * 1024 / 1e9, 1),
         "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),

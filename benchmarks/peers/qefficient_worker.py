@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -76,17 +75,8 @@ class QEfficientEngine(Engine):
 
 
 def weight_options(precision: str) -> dict[str, Any]:
-    """Arguments of `compile` for a weight precision.
-
-    A version without the option ``weights`` gets the transform that does the same.
-    """
-    if precision == "fp32":
-        return {}
-    from QEfficient import CompileOptions
-
-    if "weights" in {field.name for field in dataclasses.fields(CompileOptions)}:
-        return {"weights": precision}
-    return {"transforms": [f"QuantizeWeights:bits={precision.removeprefix('int')}"]}
+    """Arguments of `compile` for a weight precision."""
+    return {} if precision == "fp32" else {"weights": precision}
 
 
 if __name__ == "__main__":

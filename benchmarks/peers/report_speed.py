@@ -39,8 +39,6 @@ def shown(rows: Sequence[Row], group: str) -> list[Row]:
 
 
 def decode_section(rows: Sequence[Row], bandwidth: float) -> list[str]:
-    lines = ["## Decode: one text at a time", ""]
-
     def cells(row: Row) -> list[str]:
         speed = rate(row["new"], row["decode_s"])
         per_token = row["bytes_per_token"]
@@ -55,48 +53,54 @@ def decode_section(rows: Sequence[Row], bandwidth: float) -> list[str]:
             megabytes(row["bytes"]),
         ]
 
+    def title(some: Sequence[Row]) -> str | None:
+        new = some_value(some, "new")
+        return f", {new} tokens after {some_value(some, 'prompt')}" if new else None
+
     head = ["tokens/s", "min–max", "ours is", "MB per token", "of bandwidth", "peak memory, MB", "files, MB"]
-    for name in _shapes(rows):
-        some = [row for row in rows if row["shape"] == name]
-        new, prompt = some_value(some, "new"), some_value(some, "prompt")
-        if not new:
-            continue
-        lines += [f"### {shape_named(name).title}, {new} tokens after {prompt}", ""]
-        lines += grouped(some, head, cells, "decode_s")
-        lines += sentences(some, "decode_s")
-    return lines
+    return ["## Decode: one text at a time", "", *_per_shape(rows, title, head, cells, "decode_s")]
 
 
 def prefill_section(rows: Sequence[Row]) -> list[str]:
-    lines = ["## Prefill: a prompt in one piece", ""]
-
     def cells(row: Row) -> list[str]:
         speed = rate(row["prompt"], row["prefill_s"])
         seconds = spread(row["prefill_s"])
         return [number(speed.median), between(speed), times(compared(rows, row, "prefill_s")), number(seconds.median)]
 
-    for name in _shapes(rows):
-        some = [row for row in rows if row["shape"] == name]
-        lines += [f"### {shape_named(name).title}, {some_value(some, 'prompt')} tokens", ""]
-        lines += grouped(some, ["tokens/s", "min–max", "ours is", "seconds"], cells, "prefill_s")
-        lines += sentences(some, "prefill_s")
-    return lines
+    def title(some: Sequence[Row]) -> str:
+        return f", {some_value(some, 'prompt')} tokens"
+
+    head = ["tokens/s", "min–max", "ours is", "seconds"]
+    return ["## Prefill: a prompt in one piece", "", *_per_shape(rows, title, head, cells, "prefill_s")]
 
 
 def cold_section(rows: Sequence[Row]) -> list[str]:
     from peers.speed import COLD_PROMPT
 
-    lines = [f"## From the start of a process to its first token, {COLD_PROMPT}-token prompt", ""]
-
     def cells(row: Row) -> list[str]:
         seconds = spread(row["seconds"])
         return [number(seconds.median), between(seconds), times(compared(rows, row, "seconds")), number(row["peak_mb"])]
 
-    for name in _shapes(rows):
+    heading = f"## From the start of a process to its first token, {COLD_PROMPT}-token prompt"
+    head = ["seconds", "min–max", "ours is", "peak memory, MB"]
+    return [heading, "", *_per_shape(rows, lambda some: "", head, cells, "seconds")]
+
+
+def _per_shape(
+    rows: Sequence[Row],
+    title: Callable[[Sequence[Row]], str | None],
+    head: Sequence[str],
+    cells: Callable[[Row], list[str]],
+    key: str,
+) -> list[str]:
+    """A table and its sentences for each shape; ``title`` says what follows its name, None leaves the shape out."""
+    lines: list[str] = []
+    for name in dict.fromkeys(row["shape"] for row in rows):
         some = [row for row in rows if row["shape"] == name]
-        lines += [f"### {shape_named(name).title}", ""]
-        lines += grouped(some, ["seconds", "min–max", "ours is", "peak memory, MB"], cells, "seconds")
-        lines += sentences(some, "seconds")
+        after = title(some)
+        if after is not None:
+            lines += [f"### {shape_named(name).title}{after}", ""]
+            lines += [*grouped(some, head, cells, key), *sentences(some, key)]
     return lines
 
 
@@ -131,7 +135,3 @@ def sentences(rows: Sequence[Row], key: str) -> list[str]:
 def some_value(rows: Sequence[Row], key: str) -> Any:
     """A value all measured rows share."""
     return next((row[key] for row in rows if row.get(key) is not None), None)
-
-
-def _shapes(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["shape"] for row in rows))

@@ -25,8 +25,6 @@ class Player:
     prepared: Prepared
     worker: Worker | None = None
     answers: list[Message] = field(default_factory=list)
-    #: The answer of the first round, which warms up and is not counted.
-    warm_up: Message = field(default_factory=dict)
     #: The answer to the command ``load``.
     loaded: Message = field(default_factory=dict)
     error: str | None = None
@@ -119,6 +117,4 @@ def take_turns(run: Run, players: Sequence[Player], command: Callable[[int], Mes
                 run.say(f"  {player.prepared.contender.title}: {player.error}")
             elif turn:
                 player.answers.append(answer)
-            else:
-                player.warm_up = answer
         run.say(f"  round {turn} of {run.rounds}")
