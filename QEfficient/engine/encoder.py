@@ -83,7 +83,7 @@ class CompiledEncoder(LoadedPackage):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         limit = self.max_length
-        return self.embed_ids([_truncated(self.tokenizer.encode(text), limit) for text in texts], batch_size)
+        return self.embed_ids([_truncated(ids, limit) for ids in self.tokenizer.encode_batch(texts)], batch_size)
 
     def embed_ids(self, encoded: Sequence[Sequence[int]], batch_size: int = 32) -> np.ndarray:
         """`embed` for texts that are token ids already, special tokens included, none of them empty."""

@@ -15,6 +15,9 @@ from QEfficient.errors import InputError, PackageError
 #: HF's ``SPECIAL_TOKENS_ATTRIBUTES``: what a tokenizer's config may name and a chat template may use.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+#: Texts that are encoded at a time; what the library makes of a text is many times as large as its ids.
+_BATCH = 1024
+
 #: HF's ``clean_up_tokenization``: replacements, in order.
 _CLEAN_UP = (
     *((f" {mark}", mark) for mark in ".?!,"),
@@ -139,6 +142,19 @@ class PackageTokenizer:
         """
         _check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, several at a time.
+
+        Raises:
+            InputError: one of them is not a string.
+        """
+        for text in texts:
+            _check_text(text)
+        found: list[list[int]] = []
+        for start in range(0, len(texts), _BATCH):
+            found += [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts[start : start + _BATCH])]
+        return found
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of one sequence of ids; equals HF's ``tokenizer.decode``.

@@ -32,9 +32,9 @@ def clean_up(model: ir.Model) -> None:
 
 def _run(model: ir.Model) -> None:
     ir.passes.Sequential(passes.InlinePass())(model)
-    for _ in range(2):
-        fold_constants(model, should_fold=_foldable)
-        rewriter.rewrite(model)
+    fold_constants(model, should_fold=_foldable)
+    rewriter.rewrite(model)
+    fold_constants(model, should_fold=_foldable)
     result = ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=64),

@@ -23,8 +23,8 @@ from QEfficient.store.files import place_file
 from QEfficient.targets.host_runtime import set_up
 
 _ENTRY = "prepacked_"
-#: Operators whose kernels arrange weights; all take float32.
-_PRODUCTS = ("MatMulNBits", "DynamicQuantizeMatMul", "MatMul", "Gemm")
+#: Operators whose kernels arrange weights.
+_PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMul", "Gemm")
 #: Kernels count on a layout beginning as a block of memory does. ONNX Runtime itself aligns the large ones only, and
 #: computes nonsense with the others.
 _ALIGNMENT = 4096
@@ -92,7 +92,8 @@ def _kernels_with_weights(program: ir.Model) -> ir.Model:
             if value is None or value.is_initializer():
                 taken.append(None if value is None else weights.setdefault(str(value.name), _copy(value)))
                 continue
-            inputs.append(ir.Value(name=f"input_{len(inputs)}", type=ir.TensorType(ir.DataType.FLOAT)))
+            dtype = value.dtype or ir.DataType.FLOAT
+            inputs.append(ir.Value(name=f"input_{len(inputs)}", type=ir.TensorType(dtype)))
             taken.append(inputs[-1])
         nodes.append(ir.Node(node.domain, node.op_type, taken, list(node.attributes.values()), num_outputs=1))
         result = nodes[-1].outputs[0]

@@ -278,6 +278,19 @@ def test_encode_wants_a_string(pair, bad):
             tokenizer.encode(bad)
 
 
+@pytest.mark.parametrize("bad", [None, 3, "half a character \ud800"])
+def test_each_text_of_a_batch_is_checked(pair, bad):
+    with pytest.raises(InputError, match=r"must be a string|lone surrogate"):
+        pair[0].encode_batch(["fine", bad])
+
+
+def test_a_batch_is_its_texts_one_by_one(pair):
+    """More than are encoded at a time; padding and truncation stay off."""
+    texts = [f"{number} {TEXTS[number % len(TEXTS)][:60]}" for number in range(2100)]
+    assert pair[0].encode_batch(texts) == pair[1](texts).input_ids
+    assert pair[0].encode_batch([]) == []
+
+
 @pytest.mark.parametrize("bad", [3, "abc", [[1, 2]], [-100], [1.0], np.zeros((1, 2), np.int64), None])
 def test_decode_wants_flat_ids(pair, bad):
     for tokenizer in (pair[0], as_tokenizer(pair[1])):

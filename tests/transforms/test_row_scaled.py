@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_rotary import FLOAT, Writer, like
 
 from QEfficient.onnx_io import FileTensor, save_model
+from QEfficient.transforms.onnx import quantizing
 from QEfficient.transforms.onnx.base import TransformResult
 from QEfficient.transforms.onnx.merge_products import MergeProducts
 from QEfficient.transforms.onnx.quantize_weights import QuantizeWeights
@@ -125,8 +126,11 @@ def activations(rows: int, inputs: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (96, 48), (200, 33), (130, 600)])
-def test_integers_with_a_scale_per_channel_are_kept(tmp_path: Path, inputs: int, outputs: int) -> None:
+def test_integers_with_a_scale_per_channel_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int
+) -> None:
     """Whatever whole blocks of 128 filled up, and over more channels than are converted at a time."""
+    monkeypatch.setattr(quantizing, "_CHUNK", 20_000)
     case = Product(tmp_path, [weight(inputs, outputs)])
     assert case.result.facts == {"products": 1}
     assert case.result.modified
@@ -253,12 +257,37 @@ def kinds(model: ir.Model) -> list[str]:
 def test_products_of_one_input_scale_it_once(tmp_path: Path) -> None:
     case = Product(tmp_path, [weight(128, n, n) for n in (64, 96, 128)], rank=3)
     assert case.result.facts == {"products": 3}
-    assert kinds(case.model).count("DynamicQuantizeMatMul") == 3
-    assert kinds(case.model).count("Div") == 1
+    assert kinds(case.model).count("MatMulIntegerToFloat") == 3
+    assert kinds(case.model).count("Div") == kinds(case.model).count("QuantizeLinear") == 1
     assert "MatMulNBits" not in kinds(case.model)
     assert [str(value.name) for value in case.model.graph.outputs] == ["y0", "y1", "y2"]
     x = np.stack([activations(5, 128, n) * 10.0**n for n in range(4)]).astype(np.float32)
     case.assert_close(x)
+
+
+def test_results_of_an_activation_use_their_whole_range(tmp_path: Path) -> None:
+    """All above 0: a range of -1 to 1 would leave half of the 8 bits unused, and the error would be twice as large."""
+    w = Writer()
+    x = like("x", ["rows", 256], FLOAT)
+    constant = w.constant(weight(256, 64))
+    constant.name = constant.const_value.name = "w0"
+    y = w.op("MatMul", w.op("Relu", x), constant)
+    graph = ir.Graph([x], [y], nodes=w.nodes, initializers=w.constants, opset_imports={"": 23}, name="product")
+    model = ir.Model(graph, ir_version=10)
+    run(model, CHANNEL, tmp_path)
+    stored = parts(model)
+    run(model, RowScaledProducts(), tmp_path)
+    assert "DynamicQuantizeMatMul" in kinds(model)
+    save_model(model, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    rows = np.abs(activations(64, 256)) * np.exp(np.arange(64)[:, None] / 8).astype(np.float32)
+    (found,) = session.run(None, {"x": rows})
+    whole = (stored["w0.quantized"].reshape(64, -1).astype(np.float64) - 128) * stored["w0.scale"][:, :1]
+    # A value is off by up to half a step of 1/255 of its row's largest, evenly: 1/sqrt(12) of a step on average.
+    peak = rows.max(axis=1, keepdims=True)
+    expected = peak / 255 / np.sqrt(12) * np.linalg.norm(whole, axis=1)
+    error = np.sqrt(np.mean(((found - rows @ whole.T) / expected) ** 2))
+    assert 0.8 < error < 1.2, "one of 1/127 would be twice as much"
 
 
 def test_what_cannot_is_left(tmp_path: Path) -> None:

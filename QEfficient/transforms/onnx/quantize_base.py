@@ -16,7 +16,7 @@ from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, stream_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import GRADIENT, Maker, forward_nodes, layer_of
-from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_blocks, quantize_rows, register
+from QEfficient.transforms.onnx.quantizing import map_floats, pack, quantize_blocks, quantize_rows, register
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 #: Smaller weights are not worth their loss.
@@ -186,9 +186,11 @@ class _Matrix:
             array = array[self.expert]
         # Outputs first: a chunk is a number of whole output channels, however the weight lies in memory.
         array = array if self.inputs == 1 else array.T
-        parts = []
-        for chunk in float_rows(array, QuantizeBase.name, self.name):
-            parts.append(quantize_rows(chunk) if self.bits == 8 else quantize_blocks(chunk, self.block))
+
+        def quantized(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
+            return quantize_rows(chunk) if self.bits == 8 else quantize_blocks(chunk, self.block)
+
+        parts = map_floats(quantized, array, QuantizeBase.name, self.name)
         for pieces, (dtype, _) in zip(zip(*parts, strict=True), self.described().values(), strict=True):
             whole = np.concatenate(pieces)
             whole = whole if self.inputs == 1 or whole.ndim == 1 else whole.T

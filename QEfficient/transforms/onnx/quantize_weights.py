@@ -16,7 +16,7 @@ from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, file_tensors, stream_tensors, write_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
-from QEfficient.transforms.onnx.quantizing import float_rows, pack, quantize_channels, quantize_groups, register
+from QEfficient.transforms.onnx.quantizing import map_floats, pack, quantize_channels, quantize_groups, register
 
 DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -230,13 +230,15 @@ class _Weight:
         """The bytes of `described`; holds one quantized weight, and floats of a few rows, in memory."""
         array = self.tensor.numpy()
         array = array if self.outputs_first else array.T
-        parts = []
-        for chunk in float_rows(array, QuantizeWeights.name, self.value.name):
+
+        def packed(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
             if self.whole:
                 values, scale, zero = quantize_channels(chunk, self.bits, self.group)
             else:
                 values, scale, zero = quantize_groups(chunk, self.bits, self.group, self.symmetric)
-            parts.append((pack(values, self.bits), scale, pack(zero, self.bits)))
+            return pack(values, self.bits), scale, pack(zero, self.bits)
+
+        parts = map_floats(packed, array, QuantizeWeights.name, self.value.name)
         for pieces, _ in zip(zip(*parts, strict=True), self.described(), strict=False):
             yield np.concatenate(pieces).tobytes()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,22 +13,35 @@ import onnx_ir as ir
 from QEfficient.errors import TransformError
 from QEfficient.onnx_io import FileTensor
 
-#: Elements converted at a time: what quantizing holds in memory besides the result.
-_CHUNK = 1 << 22
+#: Elements converted at a time by a thread: what the processor's caches hold, and a few copies of it in memory.
+_CHUNK = 1 << 20
+#: numpy lets go of the interpreter's lock while it computes; more threads than this wait for the memory.
+_THREADS = 4
+
+T = TypeVar("T")
 
 
-def float_rows(array: np.ndarray, owner: str, name: str | None) -> Iterator[np.ndarray]:
-    """A matrix as float32, some whole rows at a time.
+def map_rows(work: Callable[[slice], T], rows: int, width: int) -> list[T]:
+    """Results of ``work`` for all ``rows`` of a matrix, some whole rows at a time, in order, in several threads."""
+    step = max(1, _CHUNK // width)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, (slice(start, min(start + step, rows)) for start in range(0, rows, step))))
+
+
+def map_floats(work: Callable[[np.ndarray], T], array: np.ndarray, owner: str, name: str | None) -> list[T]:
+    """`map_rows` over a matrix [rows, width], whose rows come as float32.
 
     Raises:
         TransformError: ``name`` holds infinities or NaN, which ``owner`` cannot quantize.
     """
-    rows = max(1, _CHUNK // array.shape[1])
-    for start in range(0, array.shape[0], rows):
-        chunk = array[start : start + rows].astype(np.float32)
+
+    def converted(rows: slice) -> T:
+        chunk = array[rows].astype(np.float32)
         if not np.isfinite(chunk).all():
             raise TransformError(f"{owner}: {name} holds infinities or NaN and cannot be quantised.")
-        yield chunk
+        return work(chunk)
+
+    return map_rows(converted, *array.shape)
 
 
 def register(graph: ir.Graph, stored: dict[str, FileTensor], names: list[str]) -> list[ir.Value]:

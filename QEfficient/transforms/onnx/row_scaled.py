@@ -14,29 +14,33 @@ import onnx_ir.passes.common as passes
 from QEfficient.onnx_io import FileTensor, stream_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
-from QEfficient.transforms.onnx.quantizing import quantize_rows, register, unpack
+from QEfficient.transforms.onnx.quantizing import map_rows, quantize_rows, register, unpack
 
 DOMAIN = "com.microsoft"
-#: Output channels converted at a time.
-_ROWS = 512
 #: Keeps a row of zeros from a division by zero; far below any activation that matters.
 _TINY = 1e-30
+#: Functions whose results reach much further above 0 than below.
+_ONE_SIDED = ("Gelu", "FastGelu", "QuickGelu", "Relu", "Sigmoid", "Softmax", "Softplus", "Swish")
 
 
 @dataclass(frozen=True)
 class RowScaledProducts(OnnxTransform):
-    """``MatMulNBits`` becomes ``DynamicQuantizeMatMul`` over the same weights in int8, one scale per output channel.
+    """``MatMulNBits`` becomes a product of 8-bit integers over the same weights, one scale per output channel.
 
-    The operator gives a whole matrix of activations one scale. Dividing each row by its largest magnitude before, and
-    multiplying the row of the result by it after, makes that a scale per row: x_i W = s_i ((x_i / s_i) W).
+    The operators give a whole matrix of activations one scale. Dividing each row by its largest magnitude before, and
+    multiplying the row of the result by it after, makes that a scale per row: x_i W = s_i ((x_i / s_i) W). The rows
+    then end at 1, so they are quantized with a constant scale, once for all products that read them
+    (``MatMulIntegerToFloat``). After an activation function that hardly goes below 0 half of that range would be empty:
+    there the operator looks for the range itself (``DynamicQuantizeMatMul``).
     int8 weights with a scale per channel keep their integers exactly. int4 weights are rounded to 1/127 of their
     channel's largest, a tenth of what rounding them to 4 bits already changed.
 
-    Contract:
-    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.DynamicQuantizeMatMul
+    Contract: the two operators in
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft
     """
 
     name: ClassVar[str] = "RowScaledProducts"
+    version: ClassVar[int] = 2
 
     def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
         graph = model.graph
@@ -45,17 +49,15 @@ class RowScaledProducts(OnnxTransform):
         contents = (part for product in products for part in product.contents())
         stored = stream_tensors(described, contents, workspace / "int8.safetensors")
         make = Maker(graph, "rows")
-        scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        scaled: dict[ir.Value, _Rows] = {}
         for product in products:
             source = product.node.inputs[0]
             assert source is not None
             if source not in scaled:
-                scaled[source] = _scaled_rows(make, source)
-            rows, peak = scaled[source]
+                scaled[source] = _Rows.of(make, source)
             weight, scale = register(graph, stored, list(product.described()))
             old = product.node.outputs[0]
-            raw = make.op("DynamicQuantizeMatMul", rows, weight, scale, domain=DOMAIN, like=old)
-            new = make.op("Mul", raw, peak, like=old)
+            new = scaled[source].times(make, weight, scale, like=old)
             graph.insert_before(product.node, make.take())
             if old.is_graph_output():
                 new.name, old.name = old.name, f"{old.name}/replaced"
@@ -65,13 +67,45 @@ class RowScaledProducts(OnnxTransform):
         return TransformResult(bool(products), {"products": len(products)})
 
 
-def _scaled_rows(make: Maker, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Rows divided by their largest magnitude, and these magnitudes [..., 1]."""
-    last = make.constant([-1])
-    high = make.op("ReduceMax", x, last, keepdims=1)
-    low = make.op("Neg", make.op("ReduceMin", x, last, keepdims=1))
-    peak = make.op("Max", high, low, make.constant(_TINY, ir.DataType.FLOAT))
-    return make.op("Div", x, peak, like=x), peak
+@dataclass
+class _Rows:
+    """Activations divided by each row's largest magnitude: float32 in -1 to 1, or uint8 in 1 to 255 around 128."""
+
+    values: ir.Value
+    peak: ir.Value
+    quantized: bool
+
+    @classmethod
+    def of(cls, make: Maker, x: ir.Value) -> _Rows:
+        last = make.constant([-1])
+        high = make.op("ReduceMax", x, last, keepdims=1)
+        low = make.op("Neg", make.op("ReduceMin", x, last, keepdims=1))
+        peak = make.op("Max", high, low, make.constant(_TINY, ir.DataType.FLOAT))
+        rows = make.op("Div", x, peak, like=x)
+        if _one_sided(x):
+            return cls(rows, peak, quantized=False)
+        quantized = make.op("QuantizeLinear", rows, *_grid(make))
+        quantized.type, quantized.shape = ir.TensorType(ir.DataType.UINT8), x.shape
+        return cls(quantized, peak, quantized=True)
+
+    def times(self, make: Maker, weight: ir.Value, scale: ir.Value, like: ir.Value) -> ir.Value:
+        """The rows as they were times an int8 weight [K, N] with scales [N]."""
+        if self.quantized:
+            step, zero = _grid(make)
+            raw = make.op("MatMulIntegerToFloat", self.values, weight, step, scale, zero, domain=DOMAIN, like=like)
+        else:
+            raw = make.op("DynamicQuantizeMatMul", self.values, weight, scale, domain=DOMAIN, like=like)
+        return make.op("Mul", raw, self.peak, like=like)
+
+
+def _grid(make: Maker) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of rows whose largest magnitude is 1."""
+    return make.constant(1 / 127, ir.DataType.FLOAT), make.constant(128, ir.DataType.UINT8)
+
+
+def _one_sided(x: ir.Value) -> bool:
+    producer = x.producer()
+    return producer is not None and producer.op_type in _ONE_SIDED
 
 
 def _stored(node: ir.Node) -> bool:
@@ -105,9 +139,11 @@ class _Product:
         """The bytes of `described`; holds one weight in int8 and some rows in float32."""
         inputs, outputs = self.size
         weight, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
-        for start in range(0, outputs, _ROWS):
-            rows = slice(start, min(start + _ROWS, outputs))
+
+        def convert(rows: slice) -> None:
             weight[:, rows], scales[rows] = self._int8(rows)
+
+        map_rows(convert, outputs, inputs)
         yield weight.tobytes()
         yield scales.tobytes()
 
