@@ -164,7 +164,7 @@ def write_tensors(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> dict[
 
 
 def stream_tensors(
-    described: Mapping[str, tuple[ir.DataType, tuple[int, ...]]], contents: Iterable[bytes], path: Path
+    described: Mapping[str, tuple[ir.DataType, tuple[int, ...]]], contents: Iterable[bytes | memoryview], path: Path
 ) -> dict[str, FileTensor]:
     """Writes tensors whose contents are made one after the other, in the order they were described.
 

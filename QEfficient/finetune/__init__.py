@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from QEfficient.finetune.arguments import QEffTrainingArgs as QEffTrainingArguments
     from QEfficient.finetune.compiled_step import CompiledStep
     from QEfficient.finetune.config import QEffConfig
+    from QEfficient.finetune.data.named import register_dataset
+    from QEfficient.finetune.data_functions import (
+        device_aware_data_loading,
+        get_custom_data_collator,
+        get_longest_seq_length,
+        get_preprocessed_dataset,
+    )
     from QEfficient.finetune.data_manager import QEffDataManager
+    from QEfficient.finetune.dataset_config import generate_dataset_config
     from QEfficient.finetune.model_manager import QEffModelManager
     from QEfficient.finetune.native import PackageTrainer
     from QEfficient.finetune.onnx_utils import ONNXModel
@@ -37,6 +45,12 @@ _PUBLIC = {
     "QEffDataManager": "QEfficient.finetune.data_manager:QEffDataManager",
     "QEffTrainingArgs": "QEfficient.finetune.arguments:QEffTrainingArgs",
     "QEffTrainingArguments": "QEfficient.finetune.arguments:QEffTrainingArgs",
+    "device_aware_data_loading": "QEfficient.finetune.data_functions:device_aware_data_loading",
+    "generate_dataset_config": "QEfficient.finetune.dataset_config:generate_dataset_config",
+    "get_custom_data_collator": "QEfficient.finetune.data_functions:get_custom_data_collator",
+    "get_longest_seq_length": "QEfficient.finetune.data_functions:get_longest_seq_length",
+    "get_preprocessed_dataset": "QEfficient.finetune.data_functions:get_preprocessed_dataset",
+    "register_dataset": "QEfficient.finetune.data.named:register_dataset",
 }
 
 __all__ = [
@@ -54,6 +68,12 @@ __all__ = [
     "QEfficient",
     "StepOptions",
     "StepSession",
+    "device_aware_data_loading",
+    "generate_dataset_config",
+    "get_custom_data_collator",
+    "get_longest_seq_length",
+    "get_preprocessed_dataset",
+    "register_dataset",
 ]
 
 

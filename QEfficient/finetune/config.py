@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from QEfficient.errors import OptionError
+from QEfficient.finetune.data.augment import read_augmentations
 from QEfficient.finetune.data.database import is_database, without_password
 from QEfficient.finetune.data.filters import read_filters
+from QEfficient.finetune.data.row_functions import read_functions
+from QEfficient.finetune.data.steps import as_specs
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
 from QEfficient.finetune.settings_file import read_settings, write_settings
@@ -43,6 +46,13 @@ _TEXTS = (
     *("train_split", "eval_split", "system_prompt", "chat_template"),
 )
 
+#: Options that are lists of steps over rows -> what reads, and so checks, them.
+_STEPS: dict[str, Callable[[Any], Any]] = {
+    "filters": read_filters,
+    "preprocess": read_functions,
+    "augment": read_augmentations,
+}
+
 _Self = TypeVar("_Self", bound="QEffConfig")
 
 
@@ -52,7 +62,8 @@ class QEffConfig:
 
     Attributes:
         model_id: hub id or directory of the base model.
-        dataset_name: ``"sample"`` (bundled), a file (json, jsonl, csv, tsv, parquet, arrow, txt), a directory, a hub
+        dataset_name: ``"sample"`` (bundled), ``gsm8k``, ``alpaca``, ``imdb``, ``grammar``, ``custom_dataset``, a name
+            given to `register_dataset`, a file (json, jsonl, csv, tsv, parquet, arrow, txt), a directory, a hub
             id, a list of dicts or a ``datasets`` object; None only with a custom dataset class.
         train_frac: share of the rows that is trained on when the source has no evaluation split; 1.0 = no
             evaluation rows.
@@ -78,11 +89,16 @@ class QEffConfig:
             them out and reports each.
         filters: which rows are left out, in this order, before the split: ``"dedupe"``, ``"near_duplicates:0.8"``,
             ``"quality"``, ``"min_words:3"``, ``"max_words:400"``, ``"file.py:function"`` or a callable.
+        preprocess: functions over the rows before everything else, ``"file.py:function"`` or a callable: of one row
+            when its first parameter is called ``row`` or ``example`` (None drops it), otherwise of all rows.
+        augment: what training rows become, in this order: ``"system_dropout:0.5"``, ``"turn_prefixes"``,
+            ``"file.py:function"`` or a callable of (row, rng).
         packing: several short rows in one, kept apart by their segment numbers.
         sample_size: most training rows, drawn with ``seed``.
         seed: of the split, the sample and the order of rows.
         trainable: name patterns (``fnmatch``) of the parameters to train, instead of LoRA.
-        custom_dataset_config: values a custom dataset class can ask for by parameter name.
+        custom_dataset_config: values a data set's class or function can ask for by parameter name; or a YAML or JSON
+            file of them.
         trust_remote_code: run Python code that the model repository brings.
 
     Raises:
@@ -109,6 +125,8 @@ class QEffConfig:
     truncation: str = "truncate"
     on_bad_row: str = "error"
     filters: tuple[Any, ...] | None = None
+    preprocess: tuple[Any, ...] | None = None
+    augment: tuple[Any, ...] | None = None
     packing: bool = False
     sample_size: int | None = None
     seed: int = 42
@@ -145,11 +163,14 @@ class QEffConfig:
         for name, allowed in choices.items():
             choice(name, getattr(self, name), allowed)
         self._check_format()
-        if self.filters is not None:
-            put("filters", (self.filters,) if isinstance(self.filters, str) else tuple(self.filters))
-            read_filters(self.filters)
+        for name, read in _STEPS.items():
+            if getattr(self, name) is not None:
+                put(name, tuple(as_specs(getattr(self, name), name)))
+                read(getattr(self, name))
         for name in ("packing", "trust_remote_code"):
             boolean(name, getattr(self, name))
+        if isinstance(self.custom_dataset_config, str | os.PathLike):
+            put("custom_dataset_config", read_settings(os.fspath(self.custom_dataset_config), "custom_dataset_config"))
         for name in ("columns", "custom_dataset_config"):
             if getattr(self, name) is not None:
                 put(name, mapping(name, getattr(self, name)))

@@ -22,8 +22,11 @@ from QEfficient.finetune.data.custom import load_custom
 from QEfficient.finetune.data.examples import Conversation, Exchange
 from QEfficient.finetune.data.files import Rows
 from QEfficient.finetune.data.loader import BatchLoader
+from QEfficient.finetune.data.named import named_dataset
 from QEfficient.finetune.data.packing import PackedRows
 from QEfficient.finetune.data.prepare import Preparation
+from QEfficient.finetune.data.preprocess import preprocessed
+from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.sources import Source, load_source
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data.tokens import TextEncoder
@@ -140,9 +143,12 @@ class QEffDataManager:
         return packed, evaluation
 
     def _load(self) -> Source:
-        if self._custom is None:
-            return load_source(self.config)
-        return load_custom(self._custom, self.config, self.tokenizer)
+        dataset = self._custom
+        if dataset is None:
+            dataset = named_dataset(self.config.dataset_name, self.config.custom_dataset_config)
+        config = self.config
+        source = load_source(config) if dataset is None else load_custom(dataset, config, self.tokenizer)
+        return preprocessed(read_functions(config.preprocess or ()), source)
 
     def _key(self, source: Source, preparation: Preparation) -> str:
         import tokenizers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from QEfficient.errors import ModelLoadError, OptionError, QEfficientError, UnsupportedModelError
+from QEfficient.errors import OptionError, QEfficientError, UnsupportedModelError
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes
 from QEfficient.finetune.compiled_step import CompiledStep
@@ -19,7 +19,7 @@ from QEfficient.finetune.model_files import BaseFiles
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
 from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step, export_step, transform_log
-from QEfficient.models.factories import translate_load_errors
+from QEfficient.finetune.tokenizer_files import load_tokenizer
 from QEfficient.models.hub import resolve
 from QEfficient.models.source import CheckpointSource
 from QEfficient.progress import Progress, silent
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from QEfficient.finetune.onnx_utils import ONNXModel
 
 FACTORIES = {"generation": "AutoModelForCausalLM", "seq_classification": "AutoModelForSequenceClassification"}
-
-#: Files with the vocabulary of a tokenizer.
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
 
 
 class QEffModelManager:
@@ -84,21 +81,8 @@ class QEffModelManager:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the one ``tokenizer_name`` names."""
         if self._tokenizer is None:
-            place = resolve(self.config.tokenizer_name) if self.config.tokenizer_name else self.source.directory
-            from transformers import AutoTokenizer
-
-            try:
-                with translate_load_errors(str(place)):
-                    self._tokenizer = AutoTokenizer.from_pretrained(
-                        str(place), trust_remote_code=self.config.trust_remote_code
-                    )
-            except ModelLoadError:  # not looked for before: a tokenizer of bytes needs none of these files
-                if any(path for pattern in _VOCABULARIES for path in Path(place).glob(pattern)):
-                    raise
-                raise ModelLoadError(
-                    f"{place} has no tokenizer files: copy tokenizer.json and tokenizer_config.json there, or name a "
-                    "directory that has them with tokenizer_name."
-                ) from None
+            place = self.config.tokenizer_name or self.source.directory
+            self._tokenizer = load_tokenizer(place, trust_remote_code=self.config.trust_remote_code)
         return self._tokenizer
 
     @property

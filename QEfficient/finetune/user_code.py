@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import marshal
 import sys
 import types
 from collections.abc import Callable
@@ -38,20 +39,13 @@ def load_function(spec: Any, what: str) -> UserFunction:
         what: what it is for, for messages ("a filter").
 
     Raises:
-        OptionError: no such file or function, or not a callable; a callable whose source cannot be read, so that a
-            cache could not tell it from another.
+        OptionError: no such file or function, or not a callable; a callable of which neither source nor bytecode can
+            be read, so that a cache could not tell it from another.
         Exception: whatever the file raises while it is loaded, as it is.
     """
     if callable(spec):
         name = getattr(spec, "__qualname__", type(spec).__qualname__)
-        try:
-            source = inspect.getsource(spec if inspect.isfunction(spec) or inspect.isclass(spec) else type(spec))
-        except (OSError, TypeError):
-            raise OptionError(
-                f"the source of {name} cannot be read, so its results could not be cached safely: put it into a file "
-                f"and pass 'file.py:{name}'."
-            ) from None
-        return UserFunction(spec, name, blake3(source.encode()).hexdigest())
+        return UserFunction(spec, name, blake3(_definition(spec, name)).hexdigest())
     if not isinstance(spec, str) or not is_file_function(spec):
         raise OptionError(f"{what} must be a callable or 'file.py:function', got {spec!r}.")
     path, _, name = spec.partition(":")
@@ -72,3 +66,16 @@ def load_function(spec: Any, what: str) -> UserFunction:
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise OptionError(f"{file} has no function {name!r}.{did_you_mean(name, names)}")
     return UserFunction(found, f"{file.name}:{name}", digest)
+
+
+def _definition(spec: Callable[..., Any], name: str) -> bytes:
+    """What a callable does, as bytes: its source, or, for one that was typed in, its bytecode."""
+    try:
+        return inspect.getsource(spec if inspect.isfunction(spec) or inspect.isclass(spec) else type(spec)).encode()
+    except (OSError, TypeError):
+        if inspect.isfunction(spec):
+            return marshal.dumps(spec.__code__)
+    raise OptionError(
+        f"the source of {name} cannot be read, so its results could not be cached safely: put it into a file and pass "
+        f"'file.py:{name}'."
+    )

@@ -9,11 +9,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from QEfficient.errors import ArtifactWriteError
 
 #: ``FICLONE`` of linux/fs.h: share the blocks of another file until one is written (btrfs, xfs).
 FICLONE = 0x40049409
+
+#: Bytes read at a time where the kernel does not copy.
+_BLOCK = 1 << 24
 
 #: EFBIG is the file size limit of the process or the filesystem: to the user it is the same lack of room.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -65,6 +69,35 @@ def copy_file(source: Path, dest: Path) -> str:
             os.unlink(dest)
             raise
     return "copy"
+
+
+def copy_bytes(source: BinaryIO, out: BinaryIO, length: int) -> None:
+    """Copies ``length`` bytes from where ``source`` stands to where ``out`` stands, inside the kernel where it can.
+
+    Raises:
+        EOFError: ``source`` has fewer.
+        OSError: ``source`` cannot be read or ``out`` cannot be written.
+    """
+    out.flush()
+    begin, place, done = source.tell(), out.tell(), 0
+    while done < length:
+        try:
+            count = os.copy_file_range(source.fileno(), out.fileno(), length - done, begin + done, place + done)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            break
+        if not count:
+            break
+        done += count
+    source.seek(begin + done)
+    out.seek(place + done)
+    while done < length:
+        block = source.read(min(length - done, _BLOCK))
+        if not block:
+            raise EOFError(f"{source.name} ended {length - done} bytes too early")
+        out.write(block)
+        done += len(block)
 
 
 def _reflink(reader: int, writer: int) -> bool:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from QEfficient.onnx_io import FileTensor, file_tensors, save_model, weight_files
-from QEfficient.store.files import place_file
+from QEfficient.store.files import copy_bytes, place_file
 from QEfficient.targets.host_runtime import set_up
 
 _ENTRY = "prepacked_"
@@ -28,8 +28,6 @@ _PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "Ma
 #: Kernels count on a layout beginning as a block of memory does. ONNX Runtime itself aligns the large ones only, and
 #: computes nonsense with the others.
 _ALIGNMENT = 4096
-#: Bytes that are copied at a time.
-_BLOCK = 1 << 24
 #: Bytes below which a weight stays in the model file.
 _LEAST = 1024
 
@@ -176,10 +174,5 @@ def _append(source: BinaryIO, offset: int, length: int, out: BinaryIO) -> int:
     place = -(-out.tell() // _ALIGNMENT) * _ALIGNMENT
     out.seek(place)
     source.seek(offset)
-    while length > 0:
-        block = source.read(min(length, _BLOCK))
-        if not block:
-            raise EOFError(f"{source.name} ended {length} bytes too early")
-        out.write(block)
-        length -= len(block)
+    copy_bytes(source, out, length)
     return place

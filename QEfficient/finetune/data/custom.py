@@ -1,4 +1,4 @@
-"""A user's own dataset class: ``load_data``, and optionally ``preprocess`` and ``split``, called by parameter name."""
+"""A data set as a class or a function: ``load_data``, if wanted ``preprocess`` and ``split``, with values by name."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.files import Rows
-from QEfficient.finetune.data.sources import Source, rows_of
+from QEfficient.finetune.data.row_functions import takes_one_row
+from QEfficient.finetune.data.sources import Source, choose_splits, rows_of
 from QEfficient.finetune.keywords import short
 from QEfficient.suggest import did_you_mean
 
 METHODS = ("load_data", "preprocess", "split")
 
-#: First parameter of a ``preprocess`` that takes one row; any other name takes all rows at once.
-_ONE_ROW = ("row", "example", "sample", "item", "record")
-
 _PATHS = ("path", "file_path", "csv_file", "json_file", "data_path", "dataset_path", "dataset_name", "filename")
 
 
 def load_custom(dataset_class: Any, config: QEffConfig, tokenizer: Any) -> Source:
-    """Rows from a user's class.
+    """Rows from a user's class, or from a function, which stands for ``load_data``.
 
     Args:
-        dataset_class: a class or an instance. ``load_data(…)`` returns rows; ``preprocess(rows)`` or
-            ``preprocess(row)`` turns them into rows of any known format, tokenized ones included (None drops a row);
-            ``split(rows)`` returns (train, evaluation). Each may be an instance, class or static method. Besides its
-            first, a parameter may be called ``path`` (or ``file_path``, ``csv_file``), ``tokenizer``, ``max_length``
-            (or ``max_ctx_len``), ``config``, ``train_frac`` (or ``train_ratio``), ``seed``, or like a key of
-            ``custom_dataset_config``.
+        dataset_class: a class or an instance. ``load_data(…)`` returns rows, or a dict of splits; ``preprocess(rows)``
+            or ``preprocess(row)`` turns them into rows of any known format, tokenized ones included (None drops a
+            row); ``split(rows)`` returns (train, evaluation). Each may be an instance, class or static method. Besides
+            its first, a parameter may be called ``path`` (or ``file_path``, ``csv_file``), ``tokenizer``,
+            ``max_length`` (or ``max_ctx_len``), ``config``, ``train_frac`` (or ``train_ratio``), ``seed``, or like a
+            key of ``custom_dataset_config``.
 
     Raises:
         OptionError: no ``load_data``, or a parameter that has no value.
@@ -49,6 +47,8 @@ def load_custom(dataset_class: Any, config: QEffConfig, tokenizer: Any) -> Sourc
     name = getattr(dataset_class, "__name__", type(dataset_class).__name__)
     methods = _methods(dataset_class, name, values)
     rows = _call(methods["load_data"], values, f"{name}.load_data")
+    if isinstance(rows, Mapping):
+        return _of_splits(rows, methods, values, name, config)
     if "preprocess" in methods:
         rows = _preprocessed(methods["preprocess"], rows, values, f"{name}.preprocess")
     if "split" not in methods:
@@ -60,8 +60,28 @@ def load_custom(dataset_class: Any, config: QEffConfig, tokenizer: Any) -> Sourc
     return Source(name, rows_of(both[0], f"{name}'s training rows"), evaluation)
 
 
+def _of_splits(
+    splits: Mapping[str, Any],
+    methods: Mapping[str, Callable[..., Any]],
+    values: Mapping[str, Any],
+    name: str,
+    config: QEffConfig,
+) -> Source:
+    """What a ``load_data`` that returns splits itself makes."""
+    if "split" in methods:
+        raise OptionError(f"{name}.load_data returns splits, so {name}.split has nothing to divide: leave one out.")
+    found = {}
+    for split, part in splits.items():
+        if "preprocess" in methods:
+            part = _preprocessed(methods["preprocess"], part, values, f"{name}.preprocess")
+        found[str(split)] = rows_of(part, f"split {split!r} of {name}")
+    return choose_splits(name, found, config)
+
+
 def _methods(dataset_class: Any, name: str, values: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     owner = dataset_class
+    if inspect.isroutine(owner):
+        return {"load_data": owner}
     present = [method for method in METHODS if callable(getattr(owner, method, None))]
     if "load_data" not in present:
         raise OptionError(
@@ -78,8 +98,7 @@ def _needs_instance(owner: type, method: str) -> bool:
 
 
 def _preprocessed(method: Callable[..., Any], rows: Any, values: Mapping[str, Any], what: str) -> Any:
-    names = list(inspect.signature(method).parameters)
-    if not names or names[0] not in _ONE_ROW:
+    if not takes_one_row(method):
         return _call(method, values, what, rows)
     found: Rows = [_call(method, values, what, row) for row in rows_of(rows, "what load_data returned", check=False)]
     return [row for row in found if row is not None]

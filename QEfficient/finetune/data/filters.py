@@ -12,8 +12,8 @@ from typing import Any
 from blake3 import blake3
 
 from QEfficient.errors import OptionError
+from QEfficient.finetune.data.steps import as_specs, parameters
 from QEfficient.finetune.keywords import short
-from QEfficient.finetune.settings_file import parse_value
 from QEfficient.finetune.user_code import is_file_function, load_function
 from QEfficient.suggest import did_you_mean
 
@@ -54,10 +54,7 @@ def read_filters(specs: Any) -> tuple[Filter, ...]:
     Raises:
         OptionError: an unknown filter or parameter, a value out of range, or a library that is not installed.
     """
-    specs = [specs] if isinstance(specs, str) or callable(specs) else specs
-    if not isinstance(specs, Sequence):
-        raise OptionError(f"filters must be a list of filters, got {short(specs)}.")
-    return tuple(_read(spec) for spec in specs)
+    return tuple(_read(spec) for spec in as_specs(specs, "filters"))
 
 
 def _read(spec: Any) -> Filter:
@@ -73,31 +70,9 @@ def _read(spec: Any) -> Filter:
             f"{did_you_mean(name, FILTERS)}"
         )
     make, defaults = FILTERS[name]
-    values = _parameters(name, text, defaults)
+    values = parameters("filter", name, text, defaults)
     start = make(**values)
     return Filter(name, (name, *sorted(values.items())), start)
-
-
-def _parameters(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``"0.8"`` or ``"threshold=0.8,words=3"`` over the defaults."""
-    values = dict(defaults)
-    for number, part in enumerate(text.split(",") if text else ()):
-        key, equals, value = part.partition("=")
-        if not equals and number == 0 and values:
-            key, value = next(iter(values)), key
-        if key not in values:
-            raise OptionError(
-                f"the filter {name} takes {', '.join(values) or 'no parameters'}, got {part!r}."
-                f"{did_you_mean(key, values)}"
-            )
-        found = parse_value(value)
-        if isinstance(found, bool) or not isinstance(found, int | float) or found < 0:
-            raise OptionError(f"{key} of the filter {name} must be a number of at least 0, got {value!r}.")
-        values[key] = found
-    missing = [key for key, value in values.items() if value is None]
-    if missing:
-        raise OptionError(f"the filter {name} needs a number, for example {name}:10.")
-    return values
 
 
 def texts(value: Any) -> Iterator[str]:

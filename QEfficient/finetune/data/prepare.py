@@ -13,6 +13,7 @@ import numpy as np
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.audit import MOST_BAD_ROWS, LabelAudit, SplitReport, check_split, describe_split, spans
+from QEfficient.finetune.data.augment import augmented, read_augmentations
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
 from QEfficient.finetune.data.files import Rows, Unreadable
@@ -85,6 +86,8 @@ class Preparation:
         self.format = detect(self._names_of_rows, config.task, config.dataset_format)
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())
+        self._augmentations = read_augmentations(config.augment or ())
+        self._made: Counter[str] = Counter()
         self.filtered: Counter[str] = Counter()
         if self.format.name in _ANSWERS and config.train_on != "all" and tokenizer.eos_token_id is None:
             raise OptionError(NO_END)
@@ -123,7 +126,9 @@ class Preparation:
             "on_bad_row",
         ]
         filters = [item.identity for item in self._filters]
-        return {"format": self.format.name, "filters": filters, **{name: getattr(self.config, name) for name in names}}
+        augment = [item.identity for item in self._augmentations]
+        values = {name: getattr(self.config, name) for name in names}
+        return {"format": self.format.name, "filters": filters, "augment": augment, **values}
 
     def run(self, progress: Progress) -> None:
         """Does the work.
@@ -164,7 +169,11 @@ class Preparation:
         for name, (found, dropped, marks) in encoded.items():
             tokens = TokenRows.from_encoded(found, self._names)
             without_end = 0 if tokens.classes else sum(not _trains_end(row) for _, row in found)
-            report = describe_split(tokens, len(parts[name][1]), dropped, marks, without_end)
+            given = len(parts[name][1])
+            if self._augmentations and name == "train":
+                self.notes.append(f"augmentation made {self._made[name]:,} training rows of {given:,}.")
+                given = self._made[name] + dropped[_BAD]
+            report = describe_split(tokens, given, dropped, marks, without_end)
             self.notes += check_split(name, report, self._hint(report))
             self._done[name] = tokens, report
         self._audit = self._make_audit()
@@ -194,31 +203,39 @@ class Preparation:
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
             try:
-                row = self._encode_row(rows[index], index + 1)
+                variants = [self._encode_row(row, index + 1) for row in self._variants(name, rows[index], index + 1)]
             except InputError as error:
                 if self.config.on_bad_row == "error":
                     raise
                 dropped[_BAD] += 1
                 self.bad_rows.append(str(error))
                 continue
-            if row is None:
-                dropped["empty"] += 1
-                continue
-            if isinstance(row, Dropped):
-                dropped[row.reason] += 1
-                needs += [(row.needs, index + 1)] if row.needs else []
-                continue
-            marks.update(row.marks)
-            found.append((index + 1, row))
+            self._made[name] += len(variants)
+            for row in variants:
+                if row is None:
+                    dropped["empty"] += 1
+                elif isinstance(row, Dropped):
+                    dropped[row.reason] += 1
+                    needs += [(row.needs, index + 1)] if row.needs else []
+                else:
+                    marks.update(row.marks)
+                    found.append((index + 1, row))
         if needs:
             raise InputError(self._too_long(name, needs, len(numbers)))
         return found, dropped, marks
 
-    def _encode_row(self, row: Any, number: int) -> Encoded | Dropped | None:
-        """A row of the source as tokens; None when a required value is empty, InputError when it cannot be read."""
+    def _variants(self, name: str, row: Any, number: int) -> list[Any]:
+        """A row of the source under our column names; of training rows, what augmentation makes of it."""
         if isinstance(row, Unreadable):
             raise InputError(row.why)
-        example = read_row(self.format, self._renamer(row), number)
+        renamed = self._renamer(row)
+        if name != "train" or not self._augmentations:
+            return [renamed]
+        return augmented(self._augmentations, renamed, self.config.seed, number)
+
+    def _encode_row(self, row: Any, number: int) -> Encoded | Dropped | None:
+        """A row as tokens; None when a required value is empty, InputError when it cannot be read."""
+        example = read_row(self.format, row, number)
         if example is None:
             return None
         try:

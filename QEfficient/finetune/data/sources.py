@@ -12,17 +12,27 @@ from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig, describe_memory
 from QEfficient.finetune.data.database import is_database, read_database, without_password
 from QEfficient.finetune.data.files import OnBad, Rows, Unreadable, check_rows, is_data_file, read_file, stop, suffix_of
+from QEfficient.finetune.data.named import dataset_names
 from QEfficient.finetune.keywords import short
 from QEfficient.finetune.settings_file import nearest_file
 from QEfficient.suggest import did_you_mean
 
 #: Data that comes with this library: name -> file beside this package.
-BUNDLED = {"sample": "arithmetic.jsonl"}
+BUNDLED = {
+    "sample": "arithmetic.jsonl",
+    "gsm8k": "gsm8k.jsonl",
+    "alpaca": "alpaca.jsonl",
+    "imdb": "imdb.jsonl",
+    "grammar": "grammar.jsonl",
+}
 _SAMPLES = Path(__file__).parent.parent / "samples"
 
 TRAIN_NAMES = ("train", "training")
 #: Without a validation split, the test split is what a user would evaluate on.
 EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
+
+#: Rows by the name of their split.
+Splits = dict[str, Rows]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -59,33 +69,38 @@ def load_source(config: QEffConfig) -> Source:
         )
     if not isinstance(data, str):
         splits = _from_memory(data, bad)
-        return _choose(describe_memory(data), splits, config)
-    if data in BUNDLED:
-        return _choose(f"{data} (bundled)", {"train": read_file(_SAMPLES / BUNDLED[data])}, config)
+        return choose_splits(describe_memory(data), splits, config)
+    if data == "sample":
+        return choose_splits(f"{data} (bundled)", {"train": bundled_rows(data)}, config)
     if is_database(data):
         found = read_database(data, config.dataset_query, config.dataset_table)
         shown = without_password(data)
-        return _choose(shown, {"train": check_rows(found, shown, bad)}, config)
+        return choose_splits(shown, {"train": check_rows(found, shown, bad)}, config)
     if config.dataset_query is not None or config.dataset_table is not None:
         raise OptionError(f"dataset_query and dataset_table are for databases, and {data!r} is no database URL.")
     path = Path(data).expanduser()
+    named = is_data_file(path) or path.is_absolute() or data.startswith((".", "~")) or not _HUB_ID.fullmatch(data)
+    if path.exists() or named:
+        return choose_splits(str(path), from_path(path, config), config)
+    return choose_splits(data, from_hub(data, config.dataset_config), config)
+
+
+def from_path(path: Path, config: QEffConfig) -> Splits:
+    """The splits of a file or a directory; InputError when there is none."""
+    bad = Unreadable if config.on_bad_row == "skip" else stop
     if path.is_file():
-        return _choose(str(path), {"train": read_file(path, bad)}, config)
+        return {"train": read_file(path, bad)}
     if path.is_dir():
-        return _choose(str(path), _from_directory(path, config, bad), config)
-    if is_data_file(path) or path.is_absolute() or data.startswith((".", "~")) or not _HUB_ID.fullmatch(data):
-        raise InputError(f"There is no data at {path}.{nearest_file(path)}")
-    return _choose(data, _from_hub(data, config), config)
+        return _from_directory(path, config, bad)
+    raise InputError(f"There is no data at {path}.{nearest_file(path)}")
 
 
-def bundled_path(name: str) -> Path:
-    """The file of a bundled data set; OptionError naming the nearest for an unknown name."""
-    if name not in BUNDLED:
-        raise OptionError(f"There is no bundled data set {name!r}.{did_you_mean(name, BUNDLED)}")
-    return _SAMPLES / BUNDLED[name]
+def bundled_rows(name: str) -> Rows:
+    """The rows that are installed under a name of ``BUNDLED``."""
+    return read_file(_SAMPLES / BUNDLED[name])
 
 
-def _from_memory(data: Any, bad: OnBad = stop) -> dict[str, Rows]:
+def _from_memory(data: Any, bad: OnBad = stop) -> Splits:
     if isinstance(data, Mapping):
         # A DatasetDict, or a plain dict of splits.
         return {str(name): rows_of(rows, f"split {name!r}", bad=bad) for name, rows in data.items()}
@@ -125,7 +140,7 @@ def _is_arrow(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "column_names")
 
 
-def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> dict[str, Rows]:
+def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> Splits:
     names = {entry.name for entry in path.iterdir()}
     if "dataset_dict.json" in names or ("state.json" in names and "dataset_info.json" in names):
         from datasets import load_from_disk
@@ -143,25 +158,40 @@ def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> dict[str, Row
         known = {"train": files[0]}
     if known:
         return {name: read_file(file, bad) for name, file in known.items()}
-    return _from_hub(str(path), config)
+    return from_hub(str(path), config.dataset_config)
 
 
-def _from_hub(name: str, config: QEffConfig) -> dict[str, Rows]:
+def from_hub(name: str, subset: str | None, otherwise: str = "or pass a file") -> Splits:
+    """The splits of a data set of the hub, or of a directory that ``datasets`` can read.
+
+    Args:
+        name: hub id or directory.
+        subset: its configuration, or None.
+        otherwise: what to do instead, for the message.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     import datasets
 
     try:
-        found = datasets.load_dataset(name, config.dataset_config)
+        found = datasets.load_dataset(name, subset)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         # datasets raises its own subclasses of these: not found, no network, no such subset, a malformed file.
         reason = " ".join(str(error).split())
         raise InputError(
             f"The data set {name} cannot be loaded ({reason[:300]}): check the name, the network and dataset_config, "
-            f"or pass a file.{did_you_mean(name, BUNDLED)}"
+            f"{otherwise}.{did_you_mean(name, dataset_names())}"
         ) from error
     return _from_memory(found)
 
 
-def _choose(name: str, splits: dict[str, Rows], config: QEffConfig) -> Source:
+def choose_splits(name: str, splits: Splits, config: QEffConfig) -> Source:
+    """Which split is trained on and which is for evaluation.
+
+    Raises:
+        OptionError: the configuration names a split that does not exist, or none is for training.
+    """
     train_name = _named(config.train_split, splits, "train_split")
     if train_name is None:
         train_name = next((known for known in TRAIN_NAMES if known in splits), None)

@@ -16,7 +16,14 @@ from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, file_tensors, stream_tensors, write_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
-from QEfficient.transforms.onnx.quantizing import map_floats, pack, quantize_channels, quantize_groups, register
+from QEfficient.transforms.onnx.quantizing import (
+    as_bytes,
+    map_floats,
+    pack,
+    quantize_channels,
+    quantize_groups,
+    register,
+)
 
 DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -226,7 +233,7 @@ class _Weight:
             parts[f"{name}.zero_point"] = (ir.DataType.UINT8, (outputs, math.ceil(groups * self.bits / 8)))
         return parts
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[memoryview]:
         """The bytes of `described`; holds one quantized weight, and floats of a few rows, in memory."""
         array = self.tensor.numpy()
         array = array if self.outputs_first else array.T
@@ -240,7 +247,7 @@ class _Weight:
 
         parts = map_floats(packed, array, QuantizeWeights.name, self.value.name)
         for pieces, _ in zip(zip(*parts, strict=True), self.described(), strict=False):
-            yield np.concatenate(pieces).tobytes()
+            yield as_bytes(np.concatenate(pieces))
 
     def install(self, graph: ir.Graph, make: Maker, stored: dict[str, FileTensor], accuracy: int) -> None:
         """Lets every use read the stored weight."""

@@ -44,6 +44,11 @@ def map_floats(work: Callable[[np.ndarray], T], array: np.ndarray, owner: str, n
     return map_rows(converted, *array.shape)
 
 
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array, in order; not copied where they lie in order already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def register(graph: ir.Graph, stored: dict[str, FileTensor], names: list[str]) -> list[ir.Value]:
     """Initializers for stored tensors, in the order of ``names``."""
     parts = []

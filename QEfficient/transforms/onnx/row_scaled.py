@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ import onnx_ir.passes.common as passes
 from QEfficient.onnx_io import FileTensor, stream_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import Maker
-from QEfficient.transforms.onnx.quantizing import map_rows, quantize_rows, register, unpack
+from QEfficient.transforms.onnx.quantizing import as_bytes, map_rows, register, unpack
 
 DOMAIN = "com.microsoft"
 #: Keeps a row of zeros from a division by zero; far below any activation that matters.
@@ -135,7 +135,7 @@ class _Product:
             f"{self._name}.int8_scale": (ir.DataType.FLOAT, (outputs,)),
         }
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[memoryview]:
         """The bytes of `described`; holds one weight in int8 and some rows in float32."""
         inputs, outputs = self.size
         weight, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
@@ -144,8 +144,8 @@ class _Product:
             weight[:, rows], scales[rows] = self._int8(rows)
 
         map_rows(convert, outputs, inputs)
-        yield weight.tobytes()
-        yield scales.tobytes()
+        yield as_bytes(weight)
+        yield as_bytes(scales)
 
     def _int8(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """int8 [K, n] and scales [n] of some output channels."""
@@ -156,14 +156,18 @@ class _Product:
         scale = parts[1].reshape(outputs, -1)[rows]
         groups = scale.shape[1]
         values = values.reshape(len(values), groups, -1)
+        kind: np.dtype[Any] = np.dtype(np.int8 if bits == 4 else np.int16)
         if len(parts) > 2:
-            zero = unpack(parts[2].reshape(outputs, -1)[rows], bits)[:, :groups, None].astype(np.int16)
+            zero = unpack(parts[2].reshape(outputs, -1)[rows], bits)[:, :groups, None].astype(kind)
         else:
-            zero = np.full((1, 1, 1), 2 ** (bits - 1), np.int16)
-        centred = values.astype(np.int16) - zero
+            zero = np.full((1, 1, 1), 2 ** (bits - 1), kind)
+        centred = values.astype(kind) - zero
         if len(parts) == 2 and bits == 8 and (scale == scale[:, :1]).all():
             whole = centred.reshape(len(values), -1)[:, :inputs]
             return whole.astype(np.int8).T, scale[:, 0]
-        floats = (centred * scale[..., None]).astype(np.float32).reshape(len(values), -1)[:, :inputs]
-        quantized, channel = quantize_rows(floats)
-        return quantized.T, channel
+        # What fills up the last group is cut off below and must not count for the peak.
+        centred.reshape(len(values), -1)[:, inputs:] = 0
+        peak = (np.abs(centred).max(axis=2) * np.abs(scale)).max(axis=1)
+        channel = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+        quantized = np.rint(centred * (scale / channel[:, None])[..., None]).astype(np.int8)
+        return quantized.reshape(len(values), -1)[:, :inputs].T, channel
