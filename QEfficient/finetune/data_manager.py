@@ -18,16 +18,13 @@ from QEfficient.finetune.data.audit import LabelAudit
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.chat import with_template
 from QEfficient.finetune.data.collate import Batch
-from QEfficient.finetune.data.custom import load_custom
 from QEfficient.finetune.data.examples import Conversation, Exchange
 from QEfficient.finetune.data.files import Rows
+from QEfficient.finetune.data.load import load_rows
 from QEfficient.finetune.data.loader import BatchLoader
-from QEfficient.finetune.data.named import named_dataset
 from QEfficient.finetune.data.packing import PackedRows
 from QEfficient.finetune.data.prepare import Preparation
-from QEfficient.finetune.data.preprocess import preprocessed
-from QEfficient.finetune.data.row_functions import read_functions
-from QEfficient.finetune.data.sources import Source, load_source
+from QEfficient.finetune.data.sources import Source
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data.tokens import TextEncoder
 from QEfficient.progress import Progress, silent
@@ -120,7 +117,7 @@ class QEffDataManager:
                 template.
         """
         progress("reading data", 0, 0)
-        source = self._load()
+        source = load_rows(self.config, self.tokenizer, self._custom)
         preparation = Preparation(self.config, self.tokenizer, source)
         key = self._key(source, preparation)
         store = ArtifactStore(cache_home(self._home))
@@ -141,14 +138,6 @@ class QEffDataManager:
         packed = PackedRows(train, self.config.max_ctx_len)
         audit.splits["train"].packed_rows = len(packed)
         return packed, evaluation
-
-    def _load(self) -> Source:
-        dataset = self._custom
-        if dataset is None:
-            dataset = named_dataset(self.config.dataset_name, self.config.custom_dataset_config)
-        config = self.config
-        source = load_source(config) if dataset is None else load_custom(dataset, config, self.tokenizer)
-        return preprocessed(read_functions(config.preprocess or ()), source)
 
     def _key(self, source: Source, preparation: Preparation) -> str:
         import tokenizers

@@ -24,7 +24,8 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     """
     from transformers import AutoTokenizer
 
-    place = resolve(str(name))
+    own = Path(name).expanduser()
+    place = own if own.is_dir() else resolve(str(name))  # a tokenizer alone is no checkpoint
     try:
         with translate_load_errors(str(place)):
             found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

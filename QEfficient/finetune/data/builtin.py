@@ -35,7 +35,7 @@ def gsm8k(
     splits = _load(config, "gsm8k", "openai/gsm8k", "main", file)
     if not mask_results:
         return splits
-    end = tokenizer.eos_token or ""
+    end = getattr(tokenizer, "eos_token", None) or ""
     return _each(splits, lambda row: [_without_results(row, end)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from QEfficient.finetune.data.augment import augmented, read_augmentations
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
 from QEfficient.finetune.data.files import Rows, Unreadable
-from QEfficient.finetune.data.filters import apply_filters, read_filters
+from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
 from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row, usual_names
 from QEfficient.finetune.data.sources import Source, columns_of
 from QEfficient.finetune.data.token_rows import TokenRows
@@ -56,6 +57,25 @@ def sample_rows(rows: np.ndarray, size: int | None, seed: int) -> np.ndarray:
     if size is None or size >= len(rows):
         return rows
     return rows[np.sort(permutation(len(rows), seed, SAMPLE)[:size])]
+
+
+def filtered_rows(filters: Sequence[Filter], rows: Rows, renamer: Renamer) -> tuple[np.ndarray, Counter[str]]:
+    """(numbers of the rows that filters leave, ascending from 0; filter -> rows it removed).
+
+    Rows that cannot be read stay, to be counted where rows are read.
+
+    Raises:
+        InputError: the filters leave none.
+    """
+    if not filters:
+        return np.arange(len(rows)), Counter()
+    unreadable = {number for number in range(len(rows)) if isinstance(rows[number], Unreadable)}
+    readable = [(n, renamer(rows[n])) for n in range(len(rows)) if n not in unreadable]
+    kept, removed = apply_filters(filters, readable)
+    if not kept:
+        reasons = ", ".join(f"{count} × {name}" for name, count in removed.items() if count)
+        raise InputError(f"The filters leave no row ({reasons}): choose others.")
+    return np.array(sorted({*kept, *unreadable})), removed
 
 
 class Preparation:
@@ -180,17 +200,11 @@ class Preparation:
 
     def _filtered(self, rows: Rows, progress: Progress) -> np.ndarray:
         """Numbers of the rows that filters leave, ascending from 0; rows that cannot be read stay, to be counted."""
-        if not self._filters:
-            return np.arange(len(rows))
-        progress("filtering rows", 0, len(rows))
-        unreadable = {number for number in range(len(rows)) if isinstance(rows[number], Unreadable)}
-        readable = [(n, self._renamer(rows[n])) for n in range(len(rows)) if n not in unreadable]
-        kept, removed = apply_filters(self._filters, readable)
+        if self._filters:
+            progress("filtering rows", 0, len(rows))
+        numbers, removed = filtered_rows(self._filters, rows, self._renamer)
         self.filtered.update(removed)
-        if not kept:
-            reasons = ", ".join(f"{count} × {name}" for name, count in removed.items() if count)
-            raise InputError(f"The filters leave no row ({reasons}): choose others.")
-        return np.array(sorted({*kept, *unreadable}))
+        return numbers
 
     def _encode(
         self, name: str, rows: Rows, numbers: np.ndarray, progress: Progress

@@ -1,0 +1,199 @@
+"""Rows of any known format rewritten in one of two plain ones, and written to a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from QEfficient.errors import InputError, OptionError
+from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.data.examples import Conversation, Document, Example, Exchange, Labeled, Segments
+from QEfficient.finetune.data.files import Rows, Unreadable, suffix_of
+from QEfficient.finetune.data.formats import Format, Renamer, detect, read_row
+from QEfficient.finetune.data.sources import columns_of
+from QEfficient.store.files import write_errors
+from QEfficient.suggest import did_you_mean
+
+#: What rows can become; None keeps what they are, under our column names.
+FORMS = ("messages", "pairs")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows that were read.
+
+    Attributes:
+        format: theirs.
+        rows: as asked for, in order.
+        empty: numbers (from 1) of rows left out because a required value is empty.
+        bad: why rows were left out that cannot be read, a sentence each.
+    """
+
+    format: Format
+    rows: list[dict[str, Any]]
+    empty: list[int]
+    bad: list[str]
+
+
+def read_all(config: QEffConfig, rows: Rows, form: str | None = None) -> Read:
+    """Every row, checked against the format that the columns have, and rewritten.
+
+    Args:
+        config: its ``columns``, ``dataset_format``, ``task`` and ``on_bad_row`` count.
+        form: one of ``FORMS``; None keeps the format.
+
+    Raises:
+        OptionError: no format fits, or rows of the format have no such form.
+        InputError: a row that does not fit, unless ``on_bad_row="skip"``.
+    """
+    if form is not None and form not in FORMS:
+        raise OptionError(f"rows can become {' or '.join(FORMS)}, not {form!r}.{did_you_mean(form, FORMS)}")
+    renamer = Renamer(config.columns, columns_of(rows))
+    kind = detect(renamer.names, config.task, config.dataset_format)
+    found = Read(kind, [], [], [])
+    for index in range(len(rows)):
+        row: Any = rows[index]
+        try:
+            if isinstance(row, Unreadable):
+                raise InputError(row.why)
+            example = read_row(kind, renamer(row), index + 1)
+        except InputError as error:
+            if config.on_bad_row == "error":
+                raise
+            found.bad.append(str(error))
+            continue
+        if example is None:
+            found.empty.append(index + 1)
+        else:
+            found.rows.append(renamer(row) if form is None else rewritten(example, form))
+    return found
+
+
+def rewritten(example: Example, form: str) -> dict[str, Any]:
+    """A row that means the same.
+
+    ``messages`` has ``messages`` and, where there are some, ``tools``. ``pairs`` has ``prompt`` and ``completion``, or
+    ``question`` and ``answer`` where a line break stands between the two without a chat template; ``system`` and
+    ``history`` where there are some. Texts and classes stay rows of ``text`` (and ``label``), segments ``segments``.
+
+    Raises:
+        OptionError: a conversation cannot become a pair, or token ids anything else.
+    """
+    if isinstance(example, Document):
+        return {"text": example.text}
+    if isinstance(example, Labeled):
+        texts = (
+            {"text": example.text} if example.pair is None else {"sentence1": example.text, "sentence2": example.pair}
+        )
+        return {**texts, "label": example.label}
+    if isinstance(example, Segments):
+        return {"segments": [{"label": bool(weight), "text": text} for text, weight in example.pieces]}
+    if isinstance(example, Exchange):
+        return _pair(example) if form == "pairs" else _messages(example.conversation())
+    if isinstance(example, Conversation) and form == "messages":
+        return _messages(example)
+    what = "conversations" if isinstance(example, Conversation) else "token ids"
+    raise OptionError(f"{what} cannot become {form}: leave out --to to keep what they are.")
+
+
+def _messages(chat: Conversation) -> dict[str, Any]:
+    return {"messages": [dict(m) for m in chat.messages], **({"tools": chat.tools} if chat.tools is not None else {})}
+
+
+def _pair(example: Exchange) -> dict[str, Any]:
+    names = ("question", "answer") if example.joiner else ("prompt", "completion")
+    found: dict[str, Any] = dict(zip(names, (example.prompt, example.completion), strict=True))
+    if example.system is not None:
+        found["system"] = example.system
+    if example.history:
+        found["history"] = [list(turn) for turn in example.history]
+    return found
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuses a file that cannot be written to, before anything is read.
+
+    Raises:
+        OptionError: an unknown suffix, a file that is there, or no directory to put it into.
+    """
+    if suffix_of(path) not in _SUFFIXES or path.name.lower().endswith(".gz"):
+        raise OptionError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OptionError(f"{path} is there already: choose another name" + (" or pass --overwrite." * path.is_file()))
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"there is no directory {path.parent} to write {path.name} to.")
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes rows as jsonl, json, csv or parquet, by suffix; the file is complete or absent.
+
+    Lists and objects become JSON texts in CSV.
+
+    Raises:
+        ArtifactWriteError: there is no room.
+    """
+    writer = _WRITERS[suffix_of(path)]
+    with write_errors("the rows", path):
+        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        try:
+            writer(rows, Path(name))
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def _lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(_json(row) + "\n")
+
+
+def _array(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[\n" + ",\n".join(_json(row) for row in rows) + "\n]\n")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        _write_table(rows, file)
+
+
+def _write_table(rows: Sequence[Mapping[str, Any]], file: TextIO) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({n: _json(v) if isinstance(v, list | tuple | Mapping) else v for n, v in row.items()})
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([dict(row) for row in rows]).to_parquet(str(path))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and scalars of numpy and torch as lists and numbers."""
+    return value.tolist()
+
+
+_WRITERS: dict[str, Callable[[Sequence[Mapping[str, Any]], Path], None]] = {
+    ".jsonl": _lines,
+    ".json": _array,
+    ".csv": _table,
+    ".parquet": _parquet,
+}
