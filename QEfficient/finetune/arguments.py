@@ -45,6 +45,7 @@ ALIASES = {
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
+    "gamma": "epoch_decay",
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",
     "evaluation_strategy": "eval_strategy",
@@ -113,6 +114,8 @@ class QEffTrainingArgs(TrainingArguments):
             ``gradient_checkpointing`` switch it on too.
         base_weights: how frozen weights are stored: ``"fp32"``, ``"int8"`` or ``"int4"``.
         max_ctx_len: as in ``QEffConfig``; give it in one place.
+        epoch_decay: the learning rate is multiplied by this after every epoch, instead of following
+            ``lr_scheduler_type``.
         plot: write a picture of the loss.
         logging_dir: where ``metrics.jsonl`` goes; None means ``<output_dir>/logs``.
         overwrite_output_dir: train from the start where ``output_dir`` holds an earlier run.
@@ -141,6 +144,7 @@ class QEffTrainingArgs(TrainingArguments):
     recompute: bool = False
     base_weights: str = "fp32"
     max_ctx_len: int | None = None
+    epoch_decay: float | None = None
     plot: bool = True
     logging_dir: str | None = None
     overwrite_output_dir: bool = False
@@ -200,6 +204,8 @@ class QEffTrainingArgs(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value > 1 and value != int(value):
                 raise OptionError(f"{name} must be a whole number, or a share of the run below 1, got {value}.")
+        if self.epoch_decay is not None and not 0 < self.epoch_decay <= 1:
+            raise OptionError(f"epoch_decay must be above 0 and at most 1, got {self.epoch_decay}.")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise OptionError(f"{name} must be below 1, got {getattr(self, name)}.")

@@ -82,7 +82,9 @@ class QEffTrainer(Trainer):
         base_files: BaseFiles | None = None,
     ) -> None:
         self.data, self.run_identity, self.base_files = data, dict(run_identity or {}), base_files
-        self.meter = Meter()
+        self.meter, self._epoch_decay = Meter(), args.epoch_decay
+        #: How long writing each checkpoint of this run took.
+        self.checkpoint_seconds: list[float] = []
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:  # every trained tensor gets a gradient in every step
             args.ddp_find_unused_parameters = False
@@ -156,6 +158,15 @@ class QEffTrainer(Trainer):
         if self.args.world_size > 1 and items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.args.world_size  # DistributedDataParallel takes the mean of the ranks' gradients
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of ``lr_scheduler_type``, or with ``epoch_decay`` steps from epoch to epoch."""
+        decay, owner = self._epoch_decay, optimizer or self.optimizer
+        if decay is None or owner is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        of_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(owner, lambda step: decay ** (step // of_epoch))
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds rates and memory to training logs; the loss is a mean over the window's trained tokens."""
@@ -290,7 +301,8 @@ class QEffTrainer(Trainer):
                 use_mtime=False,
             )
         self._barrier()
-        self.meter.pause(time.perf_counter() - began)
+        self.checkpoint_seconds.append(time.perf_counter() - began)
+        self.meter.pause(self.checkpoint_seconds[-1])
 
     def _write_checkpoint(self, place: Path) -> None:
         self.save_model(str(place), _internal_call=True)
