@@ -151,6 +151,7 @@ def test_inspect_with_a_tokenizer_is_the_audit(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("inspect", "missing.jsonl"), "There is no data at missing.jsonl"),
+        (("inspect", "/dev/null"), "/dev/null is neither a file nor a directory"),
         (("inspect", "ROWS", "max_ctx_len=9"), "max_ctx_len has no effect on rows"),
         (("inspect", "ROWS", "filter=[dedupe]"), "Did you mean 'filters'"),
         (("inspect", "ROWS", "dedupe"), "'dedupe' is no option"),

@@ -178,8 +178,10 @@ def _write_table(rows: Sequence[Mapping[str, Any]], file: TextIO) -> None:
 
 def _parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import datasets
+    from pyarrow import parquet
 
-    datasets.Dataset.from_list([dict(row) for row in rows]).to_parquet(str(path))
+    # Through datasets, which knows rows that lack columns, but not with its writer, which shows progress of its own.
+    parquet.write_table(datasets.Dataset.from_list([dict(row) for row in rows]).data.table, path)
 
 
 def _json(value: Any) -> str:

@@ -92,6 +92,8 @@ def from_path(path: Path, config: QEffConfig) -> Splits:
         return {"train": read_file(path, bad)}
     if path.is_dir():
         return _from_directory(path, config, bad)
+    if path.exists():
+        raise InputError(f"{path} is neither a file nor a directory: pass one of these.")
     raise InputError(f"There is no data at {path}.{nearest_file(path)}")
 
 
@@ -161,13 +163,13 @@ def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> Splits:
     return from_hub(str(path), config.dataset_config)
 
 
-def from_hub(name: str, subset: str | None, otherwise: str = "or pass a file") -> Splits:
+def from_hub(name: str, subset: str | None, otherwise: str | None = None) -> Splits:
     """The splits of a data set of the hub, or of a directory that ``datasets`` can read.
 
     Args:
         name: hub id or directory.
         subset: its configuration, or None.
-        otherwise: what to do instead, for the message.
+        otherwise: what else can be done, for the message; None names the nearest known data set.
 
     Raises:
         InputError: it cannot be loaded.
@@ -179,9 +181,10 @@ def from_hub(name: str, subset: str | None, otherwise: str = "or pass a file") -
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         # datasets raises its own subclasses of these: not found, no network, no such subset, a malformed file.
         reason = " ".join(str(error).split())
+        instead = f"or pass a file.{did_you_mean(name, dataset_names())}" if otherwise is None else f"{otherwise}."
         raise InputError(
             f"The data set {name} cannot be loaded ({reason[:300]}): check the name, the network and dataset_config, "
-            f"{otherwise}.{did_you_mean(name, dataset_names())}"
+            f"{instead}"
         ) from error
     return _from_memory(found)
 
