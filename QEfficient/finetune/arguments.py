@@ -114,6 +114,9 @@ class QEffTrainingArgs(TrainingArguments):
             ``gradient_checkpointing`` switch it on too.
         base_weights: how frozen weights are stored: ``"fp32"``, ``"int8"`` or ``"int4"``.
         max_ctx_len: as in ``QEffConfig``; give it in one place.
+        early_stopping_patience: evaluations in a row that are no better than the best one, after which the run ends;
+            by ``metric_for_best_model``, the loss if that is not given.
+        early_stopping_threshold: what counts as better is better by more than this.
         epoch_decay: the learning rate is multiplied by this after every epoch, instead of following
             ``lr_scheduler_type``.
         plot: write a picture of the loss.
@@ -144,6 +147,8 @@ class QEffTrainingArgs(TrainingArguments):
     recompute: bool = False
     base_weights: str = "fp32"
     max_ctx_len: int | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     epoch_decay: float | None = None
     plot: bool = True
     logging_dir: str | None = None
@@ -173,6 +178,10 @@ class QEffTrainingArgs(TrainingArguments):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, text(name, os.fspath(value) if isinstance(value, os.PathLike) else value))
+        if self.early_stopping_patience is not None:
+            if getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
+                raise OptionError("early_stopping_patience needs evaluations: set eval_strategy to 'epoch' or 'steps'.")
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.metric_for_best_model is not None:
             choice("metric_for_best_model", self.metric_for_best_model, [*METRICS, *(f"eval_{m}" for m in METRICS)])
             if self.greater_is_better is None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -91,6 +91,8 @@ class QEffTrainer(Trainer):
         own: list[TrainerCallback] = [_StepCounter(self.meter), MetricsFile(args.logs_dir)]
         if args.plot:
             own.append(LossPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))
+        if args.early_stopping_patience is not None:
+            own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         super().__init__(
             model=step,
             args=args,

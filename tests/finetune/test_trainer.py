@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,28 @@ def test_early_stopping(step: CompiledStep, data: Any, tmp_path: Path) -> None:
     best = losses.index(min(losses)) + 1
     assert run.state.global_step == best + 2 < 40
     assert run.state.best_global_step == best
+
+
+@pytest.mark.parametrize(("patience", "threshold"), [(1, 0.0), (3, 0.0), (2, 0.05)])
+def test_early_stopping_as_an_option(
+    step: CompiledStep, data: Any, tmp_path: Path, patience: int, threshold: float
+) -> None:
+    """Ends where the losses of the run itself say, whatever is saved."""
+    log = Log()
+    run = trainer(
+        step, data, tmp_path, log, max_steps=40, eval_strategy="steps", eval_steps=1, learning_rate=0.1,
+        lr_scheduler_type="constant", warmup_steps=0, early_stopping_patience=patience,
+        early_stopping_threshold=threshold,
+    )  # fmt: skip
+    run.train()
+    losses = [row["eval_loss"] for row in log.rows if "eval_loss" in row]
+    best, waited, stops = math.inf, 0, []
+    for number, loss in enumerate(losses, start=1):
+        waited = 0 if best - loss > threshold or best == math.inf else waited + 1
+        best = min(best, loss)
+        stops += [number] if waited == patience else []
+    assert stops == [len(losses)]
+    assert run.state.global_step == len(losses) < 40
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [5, 6]), (None, [1, 2, 3, 4, 5, 6])])
