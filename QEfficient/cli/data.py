@@ -111,7 +111,7 @@ def convert(
 
     qefficient data convert chats.json chats.jsonl --to messages
     qefficient data convert sqlite:///support.db rows.parquet dataset_table=tickets
-    """  # fmt: skip
+    """
     from QEfficient.finetune.data.convert import check_output, read_all, write_rows
     from QEfficient.finetune.data.load import load_rows
 

@@ -223,6 +223,8 @@ def _optimizer_steps(micro_batches: int, given: Mapping[str, Any]) -> int:
 
 def _measured(trainer: Any, how: Any) -> dict[str, Any]:
     """What the run measured, under efficient-transformers' names."""
+    from QEfficient.finetune.meter import perplexity
+
     history = trainer.state.log_history
     training = [row for row in history if "loss" in row]
     losses = [row["loss"] for row in training]
@@ -231,16 +233,16 @@ def _measured(trainer: Any, how: Any) -> dict[str, Any]:
     last_epoch = [row["loss"] for row in training if row["epoch"] > math.ceil(epochs) - 1]
     total = next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), None)
     metric = "eval_accuracy" if any("eval_accuracy" in row for row in evaluations) else "eval_perplexity"
-    perplexity = metric == "eval_perplexity"
+    of_tokens = metric == "eval_perplexity"
     mean = sum(last_epoch) / len(last_epoch) if last_epoch else None
     saved = trainer.checkpoint_seconds
     return {
         "last_epoch_train_loss": mean,
-        "last_epoch_train_metric": math.exp(min(mean, 700.0)) if mean is not None and perplexity else None,
+        "last_epoch_train_metric": perplexity(mean) if mean is not None and of_tokens else None,
         "last_epoch_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
         "last_epoch_eval_metric": evaluations[-1][metric] if evaluations else None,
         "train_step_loss": losses,
-        "train_step_metric": [math.exp(min(loss, 700.0)) for loss in losses] if perplexity else [],
+        "train_step_metric": [perplexity(loss) for loss in losses] if of_tokens else [],
         "eval_step_loss": [row["eval_loss"] for row in evaluations],
         "eval_step_metric": [row[metric] for row in evaluations],
         "avg_epoch_time": total / max(1.0, epochs) if total is not None and training else None,

@@ -18,7 +18,7 @@ from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.steps import as_specs
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
-from QEfficient.finetune.settings_file import read_settings, write_settings
+from QEfficient.finetune.settings_file import read_mapping, read_settings, write_settings
 
 if TYPE_CHECKING:
     from QEfficient.finetune.arguments import QEffTrainingArgs
@@ -169,11 +169,9 @@ class QEffConfig:
                 read(getattr(self, name))
         for name in ("packing", "trust_remote_code"):
             boolean(name, getattr(self, name))
-        if isinstance(self.custom_dataset_config, str | os.PathLike):
-            put("custom_dataset_config", read_settings(os.fspath(self.custom_dataset_config), "custom_dataset_config"))
-        for name in ("columns", "custom_dataset_config"):
+        for name, mapped in (("columns", mapping), ("custom_dataset_config", read_mapping)):
             if getattr(self, name) is not None:
-                put(name, mapping(name, getattr(self, name)))
+                put(name, mapped(name, getattr(self, name)))
         if self.eval_split is not None and self.train_frac != 0.85:
             raise OptionError(
                 f"eval_split={self.eval_split!r} and train_frac={self.train_frac} both say what to evaluate on: give "

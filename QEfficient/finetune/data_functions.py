@@ -93,7 +93,7 @@ class Collator:
             raise InputError(f"a batch of {len(rows)} rows is more than batch_size={self.batch_size}.")
         if self.own is not None and len(rows):
             made = {name: np.asarray(value) for name, value in self.own(rows).items()}
-            rows = [{name: value[index] for name, value in made.items()} for index in range(len(rows))]
+            rows = _rows_of(made, len(rows))
         if self.equal and len({np.size(row["input_ids"]) for row in rows}) > 1:
             raise InputError("rows of a batch have several lengths, and padding=False asks for one: pass padding=True.")
         return collate(
@@ -228,7 +228,9 @@ def _placing(device: str) -> tuple[Callable[[Batch], Mapping[str, Any]], bool]:
 
 def _full(batch: Batch, length: int, pad_token_id: int) -> Batch:
     """A batch padded to ``length``, which no row of it exceeds."""
-    rows = [{name: array[index] for name, array in batch.items()} for index in range(len(batch["input_ids"]))]
-    for row in rows:
-        row.pop("position_ids", None)
+    rows = _rows_of(batch, len(batch["input_ids"]))
     return collate(rows, pad_token_id=pad_token_id, pad_to_length=length)
+
+
+def _rows_of(batch: Mapping[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
+    return [{name: array[index] for name, array in batch.items()} for index in range(count)]

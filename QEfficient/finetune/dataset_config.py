@@ -12,7 +12,7 @@ from QEfficient.errors import OptionError
 from QEfficient.finetune.config import ALIASES, QEffConfig
 from QEfficient.finetune.data.steps import as_specs
 from QEfficient.finetune.keywords import canonical, integer, mapping, short
-from QEfficient.finetune.settings_file import read_settings
+from QEfficient.finetune.settings_file import read_mapping
 from QEfficient.finetune.user_code import is_file_function
 from QEfficient.suggest import did_you_mean
 
@@ -63,7 +63,7 @@ class DatasetConfig:
             raise AttributeError(f"the dataset configuration has no {name!r}.{did_you_mean(name, own)}")
         return own[name]
 
-    def config(self, tokenizer: PreTrainedTokenizerBase, max_ctx_len: int | None = None) -> QEffConfig:
+    def config(self, tokenizer: PreTrainedTokenizerBase | None, max_ctx_len: int | None = None) -> QEffConfig:
         """The same as a `QEffConfig`; its model is the one of ``options``, else the tokenizer's."""
         options = dict(self.options)
         options.setdefault("model_id", getattr(tokenizer, "name_or_path", "") or "a tokenizer in memory")
@@ -127,7 +127,7 @@ def generate_dataset_config(
         ...     custom_config={"batch_size": 8, "model_id": "examples/demo_model/model", "max_ctx_len": 128},
         ... )
     """
-    own = _settings(custom_dataset_config)
+    own = read_mapping("custom_dataset_config", custom_dataset_config or {})
     given = mapping("custom_config", custom_config or {})
     batch_size = integer("batch_size", given.pop("batch_size", DEFAULT_BATCH))
     tokenizer = given.pop("tokenizer", None)
@@ -137,18 +137,8 @@ def generate_dataset_config(
     options = canonical(options, names, ALIASES, "custom_config")
     fixed = _apply_steps(as_specs(preprocessing_steps or (), "preprocessing_steps"), options)
     found = DatasetConfig(dataset_name, options, {**own, **given}, batch_size, fixed, tokenizer)
-    QEffConfig(  # refuses what is out of range before any data is read
-        **{"model_id": "unknown", **options},
-        dataset_name=dataset_name,
-        custom_dataset_config=dict(found.own) or None,
-    )
+    found.config(None)  # refuses what is out of range before any data is read
     return found
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    if isinstance(value, str | os.PathLike):
-        return read_settings(os.fspath(value), "custom_dataset_config")
-    return mapping("custom_dataset_config", value or {})
 
 
 def _apply_steps(steps: Sequence[Any], options: dict[str, Any]) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
 from dataclasses import dataclass, field
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss, as large as a float can be where that is larger."""
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass

@@ -61,7 +61,6 @@ def page() -> str:
     how = _attributes(QEffTrainingArgs)
     hf = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     fields = [f for f in dataclasses.fields(QEffTrainingArgs) if f.init]
-    renamed = {name: name for name in arguments.RENAMED}
     lines = [
         "# Options of fine-tuning",
         "",
@@ -123,7 +122,7 @@ def page() -> str:
         *_table(
             (f.name, _default(f), _spellings(f.name, arguments.ALIASES), _refused(f.name))
             for f in fields
-            if f.name in hf and f.name not in how and f.name not in _COMMON and f.name not in renamed
+            if f.name in hf and f.name not in how and f.name not in _COMMON and f.name not in arguments.RENAMED
         ),
     ]
     return "\n".join(lines) + "\n"

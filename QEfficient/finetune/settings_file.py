@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import yaml
 
 from QEfficient.errors import OptionError
-from QEfficient.store.files import write_errors
+from QEfficient.finetune.keywords import mapping
+from QEfficient.store.files import replacing
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -70,6 +70,15 @@ def read_settings(path: str | Path, what: str) -> dict[str, Any]:
     return found
 
 
+def read_mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or what a YAML or JSON file of one holds.
+
+    Raises:
+        OptionError: neither; ``name`` says what it should be.
+    """
+    return mapping(name, read_settings(os.fspath(value), name) if isinstance(value, str | os.PathLike) else value)
+
+
 def write_settings(path: str | Path, values: Mapping[str, Any], what: str) -> Path:
     """Writes a mapping of plain values as YAML or JSON, by suffix, atomically; returns the path.
 
@@ -94,14 +103,9 @@ def settings_text(values: Mapping[str, Any]) -> str:
 
 def write_text(path: Path, body: str, what: str) -> Path:
     """Replaces a text file in one step, so that a reader sees the old one or the new one and nothing else."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with write_errors(what, path):
+    with replacing(path, what) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(body, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_text(body, encoding="utf-8")
     return path
 
 

@@ -43,7 +43,7 @@ from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.collate import without_labels
 from QEfficient.finetune.data.loader import Rows
 from QEfficient.finetune.data_manager import QEffDataManager
-from QEfficient.finetune.meter import Meter
+from QEfficient.finetune.meter import Meter, perplexity
 from QEfficient.finetune.model_files import BaseFiles, write_model
 from QEfficient.store.files import write_errors
 
@@ -216,7 +216,7 @@ class QEffTrainer(Trainer):
         if step.is_classifier:
             metrics[f"{metric_key_prefix}_accuracy"] = float(totals[3] / totals[1])
         else:
-            metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700.0))
+            metrics[f"{metric_key_prefix}_perplexity"] = perplexity(mean)
         metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
         metrics[f"{metric_key_prefix}_tokens_per_second"] = round(float(totals[2]) / max(seconds, 1e-9), 1)
         self.log(metrics)

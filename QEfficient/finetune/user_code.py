@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import marshal
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from blake3 import blake3
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
+from QEfficient.user_file import run_source
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,12 @@ def load_function(spec: Any, what: str) -> UserFunction:
     if not name:
         raise OptionError(f"name the function in {file.name}: '{path}:function'.")
     source = file.read_text(encoding="utf-8")
-    digest = blake3(source.encode()).hexdigest()
-    # Not through the import system: its bytecode cache may hold the file's previous text, and lies beside it.
-    module = types.ModuleType(f"qefficient_user_{file.stem}_{digest[:16]}")
-    module.__file__ = str(file)
-    sys.modules[module.__name__] = module  # dataclasses look their own module up
-    exec(compile(source, str(file), "exec"), vars(module))
+    module = run_source(source, file)
     found = getattr(module, name, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise OptionError(f"{file} has no function {name!r}.{did_you_mean(name, names)}")
-    return UserFunction(found, f"{file.name}:{name}", digest)
+    return UserFunction(found, f"{file.name}:{name}", blake3(source.encode()).hexdigest())
 
 
 def _definition(spec: Callable[..., Any], name: str) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from QEfficient.errors import ArtifactWriteError
 #: ``FICLONE`` of linux/fs.h: share the blocks of another file until one is written (btrfs, xfs).
 FICLONE = 0x40049409
 
-#: Bytes read at a time where the kernel does not copy.
-_BLOCK = 1 << 24
+#: Bytes that the kernel copies at a time, and that are read at a time where it does not.
+_STEP, _BLOCK = 1 << 28, 1 << 24
 
 #: EFBIG is the file size limit of the process or the filesystem: to the user it is the same lack of room.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -61,9 +62,7 @@ def copy_file(source: Path, dest: Path) -> str:
         try:
             if _reflink(reader.fileno(), writer.fileno()):
                 return "reflink"
-            _copy_range(reader.fileno(), writer.fileno())
-            # Whatever the kernel's copy did not do (some filesystems refuse it): the plain way.
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            copy_bytes(reader, writer, os.fstat(reader.fileno()).st_size)
             writer.flush()
         except BaseException:
             os.unlink(dest)
@@ -82,7 +81,9 @@ def copy_bytes(source: BinaryIO, out: BinaryIO, length: int) -> None:
     begin, place, done = source.tell(), out.tell(), 0
     while done < length:
         try:
-            count = os.copy_file_range(source.fileno(), out.fileno(), length - done, begin + done, place + done)
+            # A bounded step keeps Ctrl-C responsive on a file of many gigabytes.
+            step = min(length - done, _STEP)
+            count = os.copy_file_range(source.fileno(), out.fileno(), step, begin + done, place + done)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
@@ -90,6 +91,7 @@ def copy_bytes(source: BinaryIO, out: BinaryIO, length: int) -> None:
         if not count:
             break
         done += count
+    # Whatever the kernel's copy did not do (some filesystems refuse it): the plain way.
     source.seek(begin + done)
     out.seek(place + done)
     while done < length:
@@ -110,14 +112,20 @@ def _reflink(reader: int, writer: int) -> bool:
     return True
 
 
-def _copy_range(reader: int, writer: int) -> None:
-    # A bounded step keeps Ctrl-C responsive on a file of many gigabytes.
-    try:
-        while os.copy_file_range(reader, writer, 1 << 28):
-            pass
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
+@contextlib.contextmanager
+def replacing(path: Path, what: str) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` in one step when the block ends well, else is removed.
+
+    Raises:
+        ArtifactWriteError: ``what`` cannot be written there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with write_errors(what, path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def walk_files(directory: Path) -> Iterator[tuple[str, Path]]:

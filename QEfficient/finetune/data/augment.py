@@ -10,16 +10,13 @@ from typing import Any
 from blake3 import blake3
 
 from QEfficient.errors import InputError, OptionError
-from QEfficient.finetune.data.steps import as_specs, parameters
+from QEfficient.finetune.data.readers import ROLES
+from QEfficient.finetune.data.steps import as_specs, read_step
 from QEfficient.finetune.keywords import short
-from QEfficient.finetune.user_code import is_file_function, load_function
-from QEfficient.suggest import did_you_mean
 
 Row = Mapping[str, Any]
 #: A row and a generator -> the rows that take its place.
 Change = Callable[[Row, random.Random], list[Any]]
-
-_ANSWERS = ("assistant", "gpt", "assistant_model", "model", "bot")
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,8 @@ def augmented(augmentations: Iterable[Augmentation], row: Row, seed: int, number
 
 
 def _read(spec: Any) -> Augmentation:
-    if callable(spec) or (isinstance(spec, str) and is_file_function(spec)):
-        own = load_function(spec, "an augmentation")
-        return Augmentation(own.name, (own.name, own.digest), _own(own.call, own.name))
-    if not isinstance(spec, str):
-        raise OptionError(f"an augmentation must be a name, a callable or 'file.py:function', got {short(spec)}.")
-    name, _, text = spec.partition(":")
-    if name not in AUGMENTATIONS:
-        raise OptionError(
-            f"there is no augmentation {name!r}; there are {', '.join(AUGMENTATIONS)} and your own as "
-            f"'file.py:function'.{did_you_mean(name, AUGMENTATIONS)}"
-        )
-    make, defaults = AUGMENTATIONS[name]
-    values = parameters("augmentation", name, text, defaults)
-    return Augmentation(name, (name, *sorted(values.items())), make(**values))
+    step = read_step(spec, "an augmentation", AUGMENTATIONS)
+    return Augmentation(step.name, step.identity, _own(step.made, step.name) if step.own else step.made)
 
 
 def _own(call: Callable[..., Any], name: str) -> Change:
@@ -120,7 +105,11 @@ def _turn_prefixes() -> Change:
         for name in ("messages", "conversations"):
             turns = row.get(name)
             if isinstance(turns, list | tuple):
-                ends = [place for place, message in enumerate(turns, start=1) if _role(message) in _ANSWERS]
+                ends = [
+                    place
+                    for place, message in enumerate(turns, start=1)
+                    if ROLES.get(str(_role(message))) == "assistant"
+                ]
                 return [{**row, name: list(turns[:end])} for end in ends if end < len(turns)] + [row]
         return [row]
 

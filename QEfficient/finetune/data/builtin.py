@@ -63,14 +63,7 @@ def grammar(config: QEffConfig, file: str | None = None) -> Mapping[str, Rows]:
     return _each(splits, _corrections)
 
 
-def custom_dataset(
-    config: QEffConfig,
-    tokenizer: Any,
-    preproc_file: str | None = None,
-    collate_file: str | None = None,
-    train_split: str = "train",
-    test_split: str | None = None,
-) -> Mapping[str, Rows]:
+def custom_dataset(config: QEffConfig, tokenizer: Any, preproc_file: str | None = None) -> Mapping[str, Rows]:
     """Rows that a function of the user's makes: ``preproc_file="file.py:function"``, as in efficient-transformers.
 
     The function is called with (settings, tokenizer, split, context_length=…), where ``settings`` has every key of
@@ -84,10 +77,11 @@ def custom_dataset(
         )
     function = load_function(preproc_file, "preproc_file")
     settings = custom_settings(config.custom_dataset_config)
-    splits = {"train": train_split, **({"validation": test_split} if test_split is not None else {})}
+    splits = {"train": settings.train_split, "validation": settings.test_split}
     return {
         name: function.call(settings, tokenizer, split, context_length=config.max_ctx_len)
         for name, split in splits.items()
+        if split is not None
     }
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
@@ -17,12 +15,11 @@ from QEfficient.finetune.data.examples import Conversation, Document, Example, E
 from QEfficient.finetune.data.files import Rows, Unreadable, suffix_of
 from QEfficient.finetune.data.formats import Format, Renamer, detect, read_row
 from QEfficient.finetune.data.sources import columns_of
-from QEfficient.store.files import write_errors
+from QEfficient.store.files import replacing
 from QEfficient.suggest import did_you_mean
 
 #: What rows can become; None keeps what they are, under our column names.
 FORMS = ("messages", "pairs")
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     Raises:
         OptionError: an unknown suffix, a file that is there, or no directory to put it into.
     """
-    if suffix_of(path) not in _SUFFIXES or path.name.lower().endswith(".gz"):
-        raise OptionError(f"{path} must end in one of {', '.join(_SUFFIXES)}.")
+    if suffix_of(path) not in _WRITERS or path.name.lower().endswith(".gz"):
+        raise OptionError(f"{path} must end in one of {', '.join(_WRITERS)}.")
     if path.is_dir() or (path.exists() and not overwrite):
         raise OptionError(f"{path} is there already: choose another name" + (" or pass --overwrite." * path.is_file()))
     if not path.absolute().parent.is_dir():
@@ -140,16 +137,8 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ArtifactWriteError: there is no room.
     """
     writer = _WRITERS[suffix_of(path)]
-    with write_errors("the rows", path):
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        try:
-            writer(rows, Path(name))
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+    with replacing(path, "the rows") as temporary:
+        writer(rows, temporary)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -165,15 +154,10 @@ def _array(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        _write_table(rows, file)
-
-
-def _write_table(rows: Sequence[Mapping[str, Any]], file: TextIO) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(file, names)
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({n: _json(v) if isinstance(v, list | tuple | Mapping) else v for n, v in row.items()})
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({n: _json(v) if isinstance(v, list | tuple | Mapping) else v for n, v in row.items()})
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

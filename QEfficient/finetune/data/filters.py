@@ -12,10 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from QEfficient.errors import OptionError
-from QEfficient.finetune.data.steps import as_specs, parameters
-from QEfficient.finetune.keywords import short
-from QEfficient.finetune.user_code import is_file_function, load_function
-from QEfficient.suggest import did_you_mean
+from QEfficient.finetune.data.steps import as_specs, read_step
 
 Row = Mapping[str, Any]
 #: Says for one row after the other whether it stays; may remember earlier ones.
@@ -58,21 +55,9 @@ def read_filters(specs: Any) -> tuple[Filter, ...]:
 
 
 def _read(spec: Any) -> Filter:
-    if callable(spec) or (isinstance(spec, str) and is_file_function(spec)):
-        own = load_function(spec, "a filter")
-        return Filter(own.name, (own.name, own.digest), lambda: lambda row: bool(own.call(row)))
-    if not isinstance(spec, str):
-        raise OptionError(f"a filter must be a name, a callable or 'file.py:function', got {short(spec)}.")
-    name, _, text = spec.partition(":")
-    if name not in FILTERS:
-        raise OptionError(
-            f"there is no filter {name!r}; there are {', '.join(FILTERS)} and your own as 'file.py:function'."
-            f"{did_you_mean(name, FILTERS)}"
-        )
-    make, defaults = FILTERS[name]
-    values = parameters("filter", name, text, defaults)
-    start = make(**values)
-    return Filter(name, (name, *sorted(values.items())), start)
+    step = read_step(spec, "a filter", FILTERS)
+    start = step.made if not step.own else lambda: lambda row: bool(step.made(row))
+    return Filter(step.name, step.identity, start)
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -259,6 +260,12 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(vars(value))
 
 
+@functools.lru_cache(maxsize=256)
+def _first_match(columns: frozenset[str]) -> str | None:
+    """The first format that a set of column names has; rows by the thousand have the same few sets."""
+    return next((item.name for item in _ALL if item.matches(columns)), None)
+
+
 def check_one_format(rows: Iterable[Row]) -> None:
     """Refuses rows of different formats: `detect` would see their columns together and blame the wrong row.
 
@@ -268,15 +275,13 @@ def check_one_format(rows: Iterable[Row]) -> None:
     Raises:
         InputError: naming the first row that differs from most rows (from the first, where neither kind has more).
     """
-    known: dict[frozenset[str], str | None] = {}
     first: dict[str | None, tuple[int, frozenset[str]]] = {}
     counts: Counter[str | None] = Counter()
     for number, row in enumerate(rows, start=1):
         names = frozenset(row)
-        if names not in known:
-            known[names] = next((item.name for item in _ALL if item.matches(names)), None)
-        first.setdefault(known[names], (number, names))
-        counts[known[names]] += 1
+        kind = _first_match(names)
+        first.setdefault(kind, (number, names))
+        counts[kind] += 1
     if len(counts) < 2:
         return
     usual = counts.most_common(1)[0][0]  # among equals the one that came first
@@ -296,13 +301,10 @@ def usual_names(rows: Iterable[Row]) -> tuple[str, ...]:
     """
     kinds: Counter[str | None] = Counter()
     names: dict[str | None, dict[str, None]] = {}
-    known: dict[frozenset[str], str | None] = {}
     for row in rows:
-        columns = frozenset(row)
-        if columns not in known:
-            known[columns] = next((item.name for item in _ALL if item.matches(columns)), None)
-        kinds[known[columns]] += 1
-        names.setdefault(known[columns], {}).update(dict.fromkeys(row))
+        kind = _first_match(frozenset(row))
+        kinds[kind] += 1
+        names.setdefault(kind, {}).update(dict.fromkeys(row))
     return tuple(names[kinds.most_common(1)[0][0]]) if kinds else ()
 
 

@@ -12,14 +12,8 @@ from QEfficient.suggest import did_you_mean
 
 _Dataset = TypeVar("_Dataset")
 
-#: Name -> function of `QEfficient.finetune.data.builtin`. Other libraries' names end in ``_dataset``.
-BUILT_IN = {
-    "gsm8k": "gsm8k",
-    "alpaca": "alpaca",
-    "imdb": "imdb",
-    "grammar": "grammar",
-    "custom_dataset": "custom_dataset",
-}
+#: Functions of `QEfficient.finetune.data.builtin`. Other libraries' names end in ``_dataset``.
+BUILT_IN = ("gsm8k", "alpaca", "imdb", "grammar", "custom_dataset")
 _SUFFIX = "_dataset"
 #: Those that hand ``custom_dataset_config`` on, whatever it holds.
 _OPEN = ("custom_dataset",)
@@ -100,4 +94,5 @@ def _check_own_options(function: Callable[..., Any], given: Mapping[str, Any]) -
 
 
 def _built_in(name: str) -> str | None:
-    return BUILT_IN.get(name) or BUILT_IN.get(name.removesuffix(_SUFFIX))
+    """The function that a name means; None for other names."""
+    return next((known for known in (name, name.removesuffix(_SUFFIX)) if known in BUILT_IN), None)

@@ -61,7 +61,7 @@ def load_source(config: QEffConfig) -> Source:
         InputError: data that is missing, malformed, empty or of mixed types.
         OptionError: a split that does not exist, or a name that is nothing known.
     """
-    data, bad = config.dataset_name, Unreadable if config.on_bad_row == "skip" else stop
+    data, bad = config.dataset_name, _on_bad(config)
     if data is None:
         raise OptionError(
             "QEffConfig needs dataset_name: 'sample', a file, a directory, a hub id or a list of rows; only a custom "
@@ -87,14 +87,17 @@ def load_source(config: QEffConfig) -> Source:
 
 def from_path(path: Path, config: QEffConfig) -> Splits:
     """The splits of a file or a directory; InputError when there is none."""
-    bad = Unreadable if config.on_bad_row == "skip" else stop
     if path.is_file():
-        return {"train": read_file(path, bad)}
+        return {"train": read_file(path, _on_bad(config))}
     if path.is_dir():
-        return _from_directory(path, config, bad)
+        return _from_directory(path, config)
     if path.exists():
         raise InputError(f"{path} is neither a file nor a directory: pass one of these.")
     raise InputError(f"There is no data at {path}.{nearest_file(path)}")
+
+
+def _on_bad(config: QEffConfig) -> OnBad:
+    return Unreadable if config.on_bad_row == "skip" else stop
 
 
 def bundled_rows(name: str) -> Rows:
@@ -142,7 +145,7 @@ def _is_arrow(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "column_names")
 
 
-def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> Splits:
+def _from_directory(path: Path, config: QEffConfig) -> Splits:
     names = {entry.name for entry in path.iterdir()}
     if "dataset_dict.json" in names or ("state.json" in names and "dataset_info.json" in names):
         from datasets import load_from_disk
@@ -159,7 +162,7 @@ def _from_directory(path: Path, config: QEffConfig, bad: OnBad) -> Splits:
     if not known and len(files) == 1:
         known = {"train": files[0]}
     if known:
-        return {name: read_file(file, bad) for name, file in known.items()}
+        return {name: read_file(file, _on_bad(config)) for name, file in known.items()}
     return from_hub(str(path), config.dataset_config)
 
 

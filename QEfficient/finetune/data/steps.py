@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.finetune.keywords import short
 from QEfficient.finetune.settings_file import parse_value
+from QEfficient.finetune.user_code import is_file_function, load_function
 from QEfficient.suggest import did_you_mean
 
 
@@ -21,6 +23,50 @@ def as_specs(specs: Any, what: str) -> Sequence[Any]:
     if not isinstance(specs, Sequence):
         raise OptionError(f"{what} must be a list of {what}, got {short(specs)}.")
     return specs
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it was asked for.
+
+    Attributes:
+        name: what reports call it.
+        identity: what decides its result, as JSON values.
+        made: what the maker of a named step returned, or a function of the user's.
+        own: whether it is a function of the user's.
+    """
+
+    name: str
+    identity: tuple[Any, ...]
+    made: Any
+    own: bool
+
+
+def read_step(spec: Any, kind: str, known: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> Step:
+    """A step from its name with parameters, ``"file.py:function"`` or a callable.
+
+    Args:
+        kind: what it is, with its article, for messages ("a filter").
+        known: name -> what makes it, and its parameters with their defaults; None has to be given.
+
+    Raises:
+        OptionError: an unknown name or parameter, or a value out of range.
+    """
+    if callable(spec) or (isinstance(spec, str) and is_file_function(spec)):
+        own = load_function(spec, kind)
+        return Step(own.name, (own.name, own.digest), own.call, own=True)
+    if not isinstance(spec, str):
+        raise OptionError(f"{kind} must be a name, a callable or 'file.py:function', got {short(spec)}.")
+    name, _, text = spec.partition(":")
+    word = kind.partition(" ")[2]
+    if name not in known:
+        raise OptionError(
+            f"there is no {word} {name!r}; there are {', '.join(known)} and your own as 'file.py:function'."
+            f"{did_you_mean(name, known)}"
+        )
+    make, defaults = known[name]
+    values = parameters(word, name, text, defaults)
+    return Step(name, (name, *sorted(values.items())), make(**values), own=False)
 
 
 def parameters(kind: str, name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

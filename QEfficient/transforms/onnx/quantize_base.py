@@ -16,7 +16,7 @@ from QEfficient.errors import OptionError
 from QEfficient.onnx_io import FileTensor, stream_tensors
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.graph import GRADIENT, Maker, forward_nodes, layer_of
-from QEfficient.transforms.onnx.quantizing import map_floats, pack, quantize_blocks, quantize_rows, register
+from QEfficient.transforms.onnx.quantizing import as_bytes, map_floats, pack, quantize_blocks, quantize_rows, register
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 #: Smaller weights are not worth their loss.
@@ -179,7 +179,7 @@ class _Matrix:
             names[2]: (ir.DataType.UINT4, tuple(blocks)),
         }
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[memoryview]:
         """The bytes of `described`; holds one quantised weight, and floats of a few rows, in memory."""
         array = self.tensor.numpy()
         if self.expert is not None:
@@ -194,7 +194,7 @@ class _Matrix:
         for pieces, (dtype, _) in zip(zip(*parts, strict=True), self.described().values(), strict=True):
             whole = np.concatenate(pieces)
             whole = whole if self.inputs == 1 or whole.ndim == 1 else whole.T
-            yield (pack(whole.reshape(-1), 4) if dtype.bitwidth == 4 else whole).tobytes()
+            yield as_bytes(pack(whole.reshape(-1), 4) if dtype.bitwidth == 4 else whole)
 
     def install(self, graph: ir.Graph, make: Maker, stored: dict[str, FileTensor]) -> None:
         """Lets every use read the stored weight."""

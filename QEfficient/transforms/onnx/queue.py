@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +32,7 @@ from QEfficient.transforms.onnx.row_scaled import RowScaledProducts
 from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
 from QEfficient.transforms.onnx.state_only import StateOnly
+from QEfficient.user_file import run_source
 
 #: What a user may pass for a transform: its name, "name:parameter=value,…", "file.py:Class", a class or an instance.
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
@@ -231,12 +230,8 @@ def _from_file(path: Path, name: str) -> CustomTransform:
     if not name:
         raise OptionError(f"name the class or function in {path.name}: '{path}:Class'.")
     source = path.read_text(encoding="utf-8")
-    # Not through the import system: its bytecode cache may hold the file's previous text, and lies beside it.
-    module = types.ModuleType(f"qefficient_custom_{path.stem}_{blake3(source.encode()).hexdigest()[:16]}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their own module up
     try:
-        exec(compile(source, str(path), "exec"), vars(module))
+        module = run_source(source, path)
     except Exception as error:
         raise TransformError(f"{path} failed while loading: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
