@@ -26,6 +26,7 @@ from QEfficient.finetune.keywords import (
     short,
     text,
 )
+from QEfficient.finetune.methods.facts import GREATER_IS_BETTER
 from QEfficient.finetune.settings_file import read_settings, write_settings
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.registry import ALIASES as TARGET_ALIASES
@@ -60,8 +61,8 @@ ALIASES = {
 #: Names of older transformers versions whose values change along with the name.
 RENAMED = ("warmup_ratio", "group_by_length")
 
-#: What `QEffTrainer.evaluate` measures; accuracy is of classifiers, perplexity of the others.
-METRICS = ("loss", "perplexity", "accuracy")
+#: What `QEffTrainer.evaluate` measures, of one method or another.
+METRICS = ("loss", "perplexity", *GREATER_IS_BETTER)
 
 #: Integer options -> their least value, where that is not 1.
 _LEAST = {"max_ctx_len": 2, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0, "local_rank": -1, "max_steps": -1}
@@ -186,7 +187,7 @@ class QEffTrainingArgs(TrainingArguments):
             choice("metric_for_best_model", self.metric_for_best_model, [*METRICS, *(f"eval_{m}" for m in METRICS)])
             if self.greater_is_better is None:
                 # transformers goes by the name: to it, everything but a loss is better when greater.
-                self.greater_is_better = self.metric_for_best_model.endswith("accuracy")
+                self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in GREATER_IS_BETTER
         choice("base_weights", self.base_weights, BASE_WEIGHTS)
         choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING)
         self._check_target()

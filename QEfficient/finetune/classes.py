@@ -45,6 +45,13 @@ def choose_classes(config: PreTrainedConfig, label_names: Mapping[str, int]) -> 
     return Classes(names, new_head=True)
 
 
+def reward_output(config: PreTrainedConfig) -> Classes:
+    """The one output of a reward model: the checkpoint's own where it has one output, else a new one."""
+    own = any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or [])
+    names = tuple((config.id2label or {}).values())
+    return Classes(names, new_head=False) if own and len(names) == 1 else Classes(("score",), new_head=True)
+
+
 class ClassifierSource(CheckpointSource):
     """A checkpoint seen as a classifier of given classes.
 
@@ -62,7 +69,8 @@ class ClassifierSource(CheckpointSource):
         config = super().config()
         config.id2label = dict(enumerate(self.classes.names))
         config.label2id = {name: i for i, name in enumerate(self.classes.names)}
-        config.problem_type = "single_label_classification"
+        one = len(self.classes.names) == 1
+        config.problem_type = "regression" if one else "single_label_classification"
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = self.pad_token_id

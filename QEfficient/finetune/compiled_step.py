@@ -166,11 +166,20 @@ class CompiledStep(nn.Module):
         finally:
             session.set_parameters({"lora_scaling": self._scaling})
 
+    @property
+    def can_switch_off(self) -> bool:
+        """Whether the adapter can be left out of a call, which leaves the base model."""
+        return self.adapter is not None and self._outside_of_lora() is None
+
+    def _outside_of_lora(self) -> str | None:
+        """A tensor that trains and is no factor of LoRA; None where there is none."""
+        return next((self.file_names[name] for name in self._names if ".lora_" not in self.file_names[name]), None)
+
     def _check_switchable(self) -> None:
-        trained = (self.file_names[name] for name in self._names)
-        extra = next((name for name in trained if ".lora_" not in name), None)
-        if self.adapter is None or extra is not None:
-            reason = "there is no adapter" if self.adapter is None else f"{extra} trains outside of LoRA"
+        if not self.can_switch_off:
+            reason = (
+                "there is no adapter" if self.adapter is None else f"{self._outside_of_lora()} trains outside of LoRA"
+            )
             raise OptionError(
                 f"the base model's log-probabilities cannot be had from this step, because {reason}: compute them "
                 "before training and keep them."

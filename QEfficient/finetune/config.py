@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.steps import as_specs
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
+from QEfficient.finetune.methods.facts import DISTILLATION, METHODS, TASK_METRICS
 from QEfficient.finetune.settings_file import read_mapping, read_settings, write_settings
 
 if TYPE_CHECKING:
@@ -38,12 +40,14 @@ ALIASES = {
     **dict.fromkeys(("subset", "config_name"), "dataset_config"),
     **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
+    **dict.fromkeys(("dpo_beta", "pref_beta", "rl_beta"), "beta"),
+    **dict.fromkeys(("teacher", "teacher_model_name_or_path", "teacher_model_id"), "teacher_model"),
 }
 
 #: Options that are a text or None.
 _TEXTS = (
     *("tokenizer_name", "dataset_config", "dataset_query", "dataset_table"),
-    *("train_split", "eval_split", "system_prompt", "chat_template"),
+    *("train_split", "eval_split", "system_prompt", "chat_template", "teacher_model"),
 )
 
 #: Options that are lists of steps over rows -> what reads, and so checks, them.
@@ -71,6 +75,17 @@ class QEffConfig:
             fine-tuning.
         max_ctx_len: most tokens of a row.
         task: ``"generation"`` or ``"seq_classification"``.
+        method: what is minimised: ``"sft"`` (cross entropy), ``"dpo"`` or ``"orpo"`` (rows with chosen and rejected
+            answers), ``"kto"`` (answers marked good or bad), ``"reward"`` (a model that scores answers, from chosen and
+            rejected ones), ``"distill"`` (a teacher's probabilities or answers).
+        beta: DPO and KTO: how strongly the model is held to what it was; ORPO: weight of the odds ratio.
+        reference_free: DPO without the reference: its log-probabilities count as 0.
+        desirable_weight, undesirable_weight: KTO: of good and of bad answers.
+        teacher_model: distillation: hub id or directory of the model to learn from.
+        distillation: ``"logits"`` (the probabilities of its likeliest tokens beside the data's answers; one
+            vocabulary for both models) or ``"response"`` (cross entropy of answers that it generates first).
+        teacher_top: how many of the teacher's likeliest tokens are compared.
+        distillation_weight: of the divergence from the teacher, from 0 to 1; the rest is cross entropy.
         tokenizer_name: None means ``model_id``.
         dataset_config: subset of a hub dataset.
         dataset_query, dataset_table: what to read from a database, when ``dataset_name`` is its SQLAlchemy URL
@@ -111,6 +126,15 @@ class QEffConfig:
     lora_config: dict[str, Any] | None = field(default_factory=lambda: dict(DEFAULT_LORA))
     max_ctx_len: int = 512
     task: str = "generation"
+    method: str = "sft"
+    beta: float = 0.1
+    reference_free: bool = False
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    teacher_model: str | None = None
+    distillation: str = "logits"
+    teacher_top: int = 32
+    distillation_weight: float = 0.5
     tokenizer_name: str | None = None
     dataset_config: str | None = None
     dataset_query: str | None = None
@@ -163,6 +187,7 @@ class QEffConfig:
         for name, allowed in choices.items():
             choice(name, getattr(self, name), allowed)
         self._check_format()
+        self._check_method()
         for name, read in _STEPS.items():
             if getattr(self, name) is not None:
                 put(name, tuple(as_specs(getattr(self, name), name)))
@@ -177,14 +202,71 @@ class QEffConfig:
                 f"eval_split={self.eval_split!r} and train_frac={self.train_frac} both say what to evaluate on: give "
                 "one of them."
             )
-        if self.packing and self.task != "generation":
-            raise OptionError(f"packing is for task='generation' and not for {self.task!r}: leave it out.")
         self._check_trainable()
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS
 
         choice("dataset_format", self.dataset_format, ["auto", *FORMATS])
+
+    def _check_method(self) -> None:
+        choice("method", self.method, METHODS)
+        facts = METHODS[self.method]
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in dict.fromkeys(name for other in METHODS.values() for name in other.options):
+            if name not in facts.options and getattr(self, name) != usual[name]:
+                owners = [repr(method) for method, other in METHODS.items() if name in other.options]
+                raise OptionError(f"{name} is an option of method={' and '.join(owners)}, not of {self.method!r}.")
+        if facts.scores:
+            object.__setattr__(self, "task", "seq_classification")
+        elif self.method != "sft" and self.task != "generation":
+            raise OptionError(f"method={self.method!r} is for task='generation' and not for {self.task!r}.")
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not (is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
+                raise OptionError(f"{name} must be a number above 0, got {short(getattr(self, name))}.")
+        weight = self.distillation_weight
+        if not (is_number(weight) and 0 <= weight <= 1):
+            raise OptionError(f"distillation_weight must be a number from 0 to 1, got {short(weight)}.")
+        boolean("reference_free", self.reference_free)
+        choice("distillation", self.distillation, DISTILLATION)
+        object.__setattr__(self, "teacher_top", integer("teacher_top", self.teacher_top))
+        if self.method == "distill" and self.teacher_model is None:
+            raise OptionError(
+                "method='distill' needs teacher_model, the hub id or directory of the model to learn from."
+            )
+        if self.asks_teacher and self.augment:
+            raise OptionError("augment and distillation='response' both make the answers: give one of them.")
+        if facts.rows and self.train_on == "all":
+            raise OptionError(
+                f"method={self.method!r} compares answers, so train_on='all' has no meaning: leave it out."
+            )
+        if self.packing and (self.task != "generation" or not (facts.packs or self.asks_teacher)):
+            what = f"method={self.method!r}" if self.task == "generation" or facts.scores else f"task={self.task!r}"
+            raise OptionError(f"packing is not for {what}: leave it out.")
+
+    @property
+    def kind_of_rows(self) -> str:
+        """Which rows are read, as `QEfficient.finetune.data.formats.Format.kind`."""
+        return METHODS[self.method].rows or self.task
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the method compares with the model as it was."""
+        return self.method == "kto" or (self.method == "dpo" and not self.reference_free)
+
+    @property
+    def learns_probabilities(self) -> bool:
+        """Whether a teacher's probabilities are learned."""
+        return self.method == "distill" and self.distillation == "logits"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher's answers are learned."""
+        return self.method == "distill" and self.distillation == "response"
+
+    def method_options(self) -> dict[str, Any]:
+        """The method and its options, as JSON values; what a resumed run must share."""
+        return {"method": self.method, **{name: getattr(self, name) for name in METHODS[self.method].options}}
 
     def _check_trainable(self) -> None:
         lora = self.lora_config
@@ -232,12 +314,12 @@ class QEffConfig:
         Raises:
             OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks.
         """
-        metric = str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_")
-        other = {"accuracy": "generation", "perplexity": "seq_classification"}.get(metric)
-        if other == self.task:
+        metric = str(getattr(args, "metric_for_best_model", None) or "loss").removeprefix("eval_")
+        measured = ("loss", *(METHODS[self.method].metrics or TASK_METRICS[self.task]))
+        if metric not in measured:
+            what = f"task={self.task!r}" if self.method == "sft" else f"method={self.method!r}"
             raise OptionError(
-                f"metric_for_best_model={metric!r} is not measured for task={self.task!r}: use 'loss' or "
-                f"{'perplexity' if metric == 'accuracy' else 'accuracy'!r}."
+                f"metric_for_best_model={metric!r} is not measured for {what}: use {' or '.join(map(repr, measured))}."
             )
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:

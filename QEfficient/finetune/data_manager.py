@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,18 @@ from QEfficient.finetune.data.audit import LabelAudit
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.chat import with_template
 from QEfficient.finetune.data.collate import Batch
-from QEfficient.finetune.data.examples import Conversation, Exchange
+from QEfficient.finetune.data.examples import Conversation, Example, Exchange
 from QEfficient.finetune.data.files import Rows
 from QEfficient.finetune.data.load import load_rows
 from QEfficient.finetune.data.loader import BatchLoader
+from QEfficient.finetune.data.loader import Rows as LoadedRows
 from QEfficient.finetune.data.packing import PackedRows
+from QEfficient.finetune.data.pairs import PREFERENCE, PairRows
 from QEfficient.finetune.data.prepare import Preparation
 from QEfficient.finetune.data.sources import Source
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data.tokens import TextEncoder
+from QEfficient.finetune.methods.facts import METHODS
 from QEfficient.progress import Progress, silent
 from QEfficient.store.digest import json_digest
 from QEfficient.store.home import cache_home
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.methods.teacher import Teacher
 
 logger = logging.getLogger("QEfficient.finetune")
 
@@ -103,12 +107,12 @@ class QEffDataManager:
                 return int(found)
         return 0
 
-    def prepare_dataset(self, progress: Progress = silent) -> tuple[TokenRows | PackedRows, TokenRows | None]:
+    def prepare_dataset(self, progress: Progress = silent) -> tuple[Any, Any]:
         """Loads, splits, encodes and audits the data; the second call with the same content reads the cache.
 
         Returns:
-            (training rows, evaluation rows or None); indexable, with ``lengths`` in tokens. With ``packing`` the
-            training rows are packed.
+            (training rows, evaluation rows or None): `TokenRows`, indexable, with ``lengths`` in tokens. With
+            ``packing`` the training rows are `PackedRows`; for methods that compare answers both are `PairRows`.
 
         Raises:
             InputError: missing, malformed or empty data, rows of mixed types, answers that do not fit into
@@ -118,8 +122,11 @@ class QEffDataManager:
         """
         progress("reading data", 0, 0)
         source = load_rows(self.config, self.tokenizer, self._custom)
-        preparation = Preparation(self.config, self.tokenizer, source)
-        key = self._key(source, preparation)
+        teacher = self._teacher()
+        preparation = Preparation(
+            self.config, self.tokenizer, source, None if teacher is None else self._asking(teacher)
+        )
+        key = self._key(source, preparation, teacher)
         store = ArtifactStore(cache_home(self._home))
 
         def build(directory: Path) -> None:
@@ -133,13 +140,31 @@ class QEffDataManager:
         self.label_names = audit.classes
         self._joiner = preparation.joiner
         self.audit = audit
+        if METHODS[self.config.method].rows:
+            return self._pairs(train), None if evaluation is None else self._pairs(evaluation)
         if not self.config.packing:
             return train, evaluation
         packed = PackedRows(train, self.config.max_ctx_len)
         audit.splits["train"].packed_rows = len(packed)
         return packed, evaluation
 
-    def _key(self, source: Source, preparation: Preparation) -> str:
+    def _pairs(self, rows: TokenRows) -> PairRows:
+        if rows.desirable is None:
+            return PairRows(rows, PREFERENCE)
+        return PairRows.of_judged(rows, self.config.max_ctx_len)
+
+    def _teacher(self) -> Teacher | None:
+        """The model that answers the prompts of the data in its place, if one does."""
+        if not self.config.asks_teacher:
+            return None
+        from QEfficient.finetune.methods.build import teacher_of
+
+        return teacher_of(self.config, self._home)
+
+    def _asking(self, teacher: Teacher) -> Callable[[Sequence[Example], Progress], list[Example]]:
+        return lambda examples, progress: teacher.answers(examples, self.config.max_ctx_len, self._home, progress)
+
+    def _key(self, source: Source, preparation: Preparation, teacher: Teacher | None) -> str:
         import tokenizers
         import transformers
 
@@ -152,12 +177,13 @@ class QEffDataManager:
                 "tokenizer": tokenizer_digest(self.tokenizer),
                 "options": preparation.identity(),
                 "libraries": [transformers.__version__, tokenizers.__version__],
+                **({} if teacher is None else {"teacher": teacher.identity()}),
             }
         )
 
     def get_dataloader(
         self,
-        dataset: TokenRows | PackedRows,
+        dataset: LoadedRows,
         batch_size: int,
         shuffle: bool = True,
         *,

@@ -73,13 +73,14 @@ def estimate_run(run: QEfficient) -> Estimate:
         the errors of preparing a run; TrainingError: the measurement failed, for example for lack of memory.
     """
     from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.methods.build import method_of
     from QEfficient.progress import bar
 
     args = run.args or QEffTrainingArgs()
     run.args = args
     manager, data = run.parts()
     train, _ = data.prepare_dataset()
-    if data.label_names is not None:
+    if run.config.task == "seq_classification":
         manager.set_classes(data.label_names, data.pad_token_id)
     with bar(f"preparing {run.config.model_id}") as report:
         model = manager.init_model()
@@ -87,8 +88,9 @@ def estimate_run(run: QEfficient) -> Estimate:
     rows = args.per_device_train_batch_size
     loader = data.get_dataloader(train, rows)
     order = np.argsort(-np.asarray(train.lengths), kind="stable")[:rows]
-    largest = data.collate([train[int(i)] for i in order], pad_token_id=data.pad_token_id)
-    typical = [batch for batch, _ in zip(loader, range(_TIMED + 1), strict=False)]
+    method = method_of(run.config)
+    largest = method.plain(data.collate([train[int(i)] for i in order], pad_token_id=data.pad_token_id))
+    typical = [method.plain(batch) for batch, _ in zip(loader, range(_TIMED + 1), strict=False)]
     tensors = {model.file_names[name]: p.detach().numpy() for name, p in model.trained.items()}
     if model.scaling is not None:
         tensors["lora_scaling"] = model.scaling

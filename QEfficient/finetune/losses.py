@@ -108,6 +108,25 @@ def dpo_weights(
     return PairWeights(float(-_log_sigmoid(z).mean()), *_float32(weights, -weights))
 
 
+def reward_weights(chosen: np.ndarray, rejected: np.ndarray) -> PairWeights:
+    """The Bradley-Terry loss of a reward model (Ouyang et al. 2022, arXiv:2203.02155, equation 1).
+
+    With n pairs of scores::
+
+        L = mean(-log sigmoid(chosen - rejected)),   weights = sigmoid(rejected - chosen) / n on chosen, the negative on
+        rejected scores
+
+    Args:
+        chosen, rejected: scores, [pairs].
+
+    Raises:
+        InputError: arrays of different lengths, not-a-number, or no pairs.
+    """
+    better, worse = _same(chosen=chosen, rejected=rejected)
+    weights = _sigmoid(worse - better) / better.size
+    return PairWeights(float(-_log_sigmoid(better - worse).mean()), *_float32(weights, -weights))
+
+
 def orpo_weights(
     chosen: np.ndarray,
     rejected: np.ndarray,

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -16,9 +17,11 @@ def perplexity(loss: float) -> float:
 
 @dataclass
 class Window:
-    """Totals since the last log line of this process; ``loss`` is a sum over trained tokens."""
+    """Totals since the last log line of this process; ``loss`` and ``sums`` are sums over ``count``."""
 
     loss: float = 0.0
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
     trained: int = 0
     tokens: int = 0
     padded: int = 0
@@ -35,10 +38,23 @@ class Meter:
         self.tokens_seen = 0
         self.trained_seen = 0
 
-    def add(self, loss_sum: float, trained: int, tokens: int, padded: int) -> None:
-        """One micro-batch: the sum of minus log p, its trained tokens, its real tokens, its size with padding."""
+    def add(
+        self,
+        loss_sum: float,
+        count: int,
+        *,
+        trained: int,
+        tokens: int,
+        padded: int,
+        sums: Mapping[str, float] | None = None,
+    ) -> None:
+        """One micro-batch: the loss summed over what it is a mean of, how many those are, its trained tokens, its real
+        tokens, its size with padding, and metrics summed over the same."""
         window = self.window
         window.loss += loss_sum
+        window.count += count
+        for name, value in (sums or {}).items():
+            window.sums[name] = window.sums.get(name, 0.0) + value
         window.trained += trained
         window.tokens += tokens
         window.padded += padded
@@ -76,8 +92,9 @@ class Meter:
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "num_input_tokens_seen": self.tokens_seen,
         }
-        if window.trained:
-            found["loss"] = window.loss / window.trained
+        if window.count:
+            found["loss"] = window.loss / window.count
+            found |= {name: value / window.count for name, value in window.sums.items()}
         return found
 
 

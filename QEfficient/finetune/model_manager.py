@@ -12,9 +12,10 @@ import torch
 
 from QEfficient.errors import OptionError, QEfficientError, UnsupportedModelError
 from QEfficient.finetune.arguments import QEffTrainingArgs
-from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes
+from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes, reward_output
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.methods.facts import METHODS
 from QEfficient.finetune.model_files import BaseFiles
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
@@ -88,24 +89,27 @@ class QEffModelManager:
     @property
     def options(self) -> StepOptions:
         """The step's options as the arguments give them."""
+        rows = 2 if METHODS[self.config.method].rows else 1  # of a batch's unit: pairs have two
         return StepOptions(
             target=self.args.target,
             seq_len=self.config.max_ctx_len,
-            batch_size=max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size),
+            batch_size=rows * max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size),
             recompute="layers" if self.args.recompute else "products",
             base_weights=self.args.base_weights,
+            teacher_top=self.config.teacher_top if self.config.learns_probabilities else 0,
             transforms=self.transforms,
         )
 
-    def set_classes(self, label_names: Mapping[str, int], pad_token_id: int) -> Classes:
+    def set_classes(self, label_names: Mapping[str, int] | None, pad_token_id: int) -> Classes:
         """Tells a classifier what it tells apart; before `init_model`.
 
         Args:
-            label_names: name -> class id, as the data has them.
+            label_names: name -> class id, as the data has them; None for a reward model, which has one output.
             pad_token_id: for a model without one.
         """
         checkpoint = self.source.checkpoint if isinstance(self.source, ClassifierSource) else self.source
-        classes = choose_classes(checkpoint.config(), label_names)
+        own = checkpoint.config()
+        classes = reward_output(own) if label_names is None else choose_classes(own, label_names)
         self.source = ClassifierSource(checkpoint, classes, pad_token_id)
         self._new_head = classes.new_head
         return classes
@@ -245,6 +249,7 @@ class QEffModelManager:
             "seed": args.seed,
             "base_weights": args.base_weights,
             "optim": str(getattr(args.optim, "value", args.optim)),
+            **({} if self.config.method == "sft" else self.config.method_options()),
         }
 
     def _threads(self) -> int | None:

@@ -20,6 +20,7 @@ from QEfficient.finetune.step_session import IGNORED
 #: Largest differences that still are rounding: of the loss relative to itself, of a gradient relative to the tensor's
 #: largest, of an updated tensor relative to the learning rate where the gradient is well above its own noise.
 LOSS, GRADIENT, UPDATE = 1e-4, 1e-3, 2e-2
+_TEACHER = ("teacher_ids", "teacher_logprobs", "teacher_weights")
 #: Gradients below this share of the model's largest are judged against it: some are 0 in exact arithmetic (the bias of
 #: attention's keys), and a ratio of two roundings says nothing.
 _FLOOR = 1e-5
@@ -80,7 +81,7 @@ def compare_first_step(
     Args:
         reference: the torch model (with its adapter) whose frozen weights the step has; its trained tensors are
             overwritten with the step's.
-        batch: what `CompiledStep.forward` takes.
+        batch: what `CompiledStep.forward` takes, its ``weights`` as they are; without them the loss is a mean.
     """
     pairs = _pairs(step, reference)
     for mine, theirs in pairs.values():
@@ -146,30 +147,39 @@ def _pairs(step: CompiledStep, reference: nn.Module) -> dict[str, tuple[nn.Param
 
 
 def _reference_loss(reference: nn.Module, batch: Mapping[str, torch.Tensor], classifier: bool) -> float:
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
+    per_token = {name: batch[name] for name in ("labels", "weights", *_TEACHER) if name in batch}
     sequences = []
     for row in range(ids.shape[0]):
         for segment in sorted(set(mask[row].tolist()) - {0}):
             chosen = mask[row] == segment
-            sequences.append(
-                (ids[row][chosen][None], labels[row : row + 1] if classifier else labels[row][chosen][None])
-            )
-    if classifier:
-        total = sum(int((label != IGNORED).sum()) for _, label in sequences)
-    else:
-        total = sum(int((label[:, 1:] != IGNORED).sum()) for _, label in sequences)
+            told = {n: v[row : row + 1] if classifier else v[row][chosen][1:] for n, v in per_token.items()}
+            sequences.append((ids[row][chosen][None], told))
+    total = sum(int((told["labels"] != IGNORED).sum()) for _, told in sequences)
     value = 0.0
-    for tokens, label in sequences:
-        logits = reference(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
-        if not classifier:
-            logits, label = logits[:, :-1].reshape(-1, logits.shape[-1]), label[:, 1:].reshape(-1)
-        if not bool((label != IGNORED).any()):
+    for tokens, told in sequences:
+        if not bool((told["labels"] != IGNORED).any()):
             continue
-        loss = nn.functional.cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum") / total
+        logits = reference(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
+        loss = _sequence_loss(logits if classifier else logits[0, :-1], told, total)
         loss.backward()
         value += float(loss.detach())
     return value
+
+
+def _sequence_loss(logits: torch.Tensor, told: Mapping[str, torch.Tensor], total: int) -> torch.Tensor:
+    """The step's loss of one sequence: logits [places, vocabulary], what is told of the label at every place."""
+    labels = told["labels"]
+    # One output is a score: it has no probability.
+    logprobs = logits if logits.shape[-1] == 1 else logits.log_softmax(-1)
+    own = logprobs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    weights = told["weights"] if "weights" in told else torch.full_like(own, 1 / total)
+    loss = -(weights * own)[labels != IGNORED].sum()
+    if "teacher_ids" in told:
+        ids, wanted, share = (told[name] for name in _TEACHER)
+        loss = loss + (share * (wanted.exp() * (wanted - logprobs.gather(1, ids))).sum(-1)).sum()
+    return loss
 
 
 def _update_difference(

@@ -18,6 +18,7 @@ from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
+from QEfficient.finetune.methods.build import completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
@@ -131,10 +132,11 @@ class QEfficient:
             raise OptionError(
                 "eval_strategy needs evaluation rows, and there are none: lower train_frac or leave eval_strategy out."
             )
-        if data.label_names is not None:
+        if self.config.task == "seq_classification":
             classes = manager.set_classes(data.label_names, data.pad_token_id)
             head = "a new head" if classes.new_head else "the checkpoint's head"
-            tell(f"{len(classes.names)} classes on {head}: {', '.join(classes.names[:20])}")
+            what = "a score" if data.label_names is None else f"{len(classes.names)} classes"
+            tell(f"{what} on {head}: {', '.join(classes.names[:20])}")
         earlier, asked = checkpoints(output), chosen.resume_from_checkpoint
         identity: dict[str, Any] = {}
         if not chosen.dry_run:
@@ -150,6 +152,13 @@ class QEfficient:
             return None, manager.tokenizer
         with bar(f"preparing {self.config.model_id}") as report:
             step = manager.prepare_for_training(report)
+            parts = (("train", train), ("eval", held))
+            train, held = (
+                None
+                if rows is None
+                else completed(rows, split, manager, step, data.fingerprint, data.pad_token_id, report)
+                for split, rows in parts
+            )
         training = copy.copy(chosen)
         # A run shows what it gained; one that continues has shown it.
         training.eval_on_start = held is not None and not (asked or earlier)
@@ -159,6 +168,7 @@ class QEfficient:
             data,
             train,
             held,
+            method=method_of(self.config),
             run_identity=identity,
             callbacks=self.callbacks,
             tokenizer=data.tokenizer,
@@ -295,9 +305,13 @@ class QEfficient:
         assert args is not None
         assert self.model_manager is not None
         batch = next(iter(trainer.get_train_dataloader()))
+        weighed = trainer.method.weigh(step, batch, trainer.method.count(batch))
+        inputs = dict(weighed.inputs)
+        if "weights" in inputs:
+            inputs["weights"] = inputs["weights"] / weighed.normaliser
         reference = reference_model(self.model_manager, step)
         self.proof = compare_first_step(
-            step, reference, batch, learning_rate=args.learning_rate, weight_decay=args.weight_decay
+            step, reference, inputs, learning_rate=args.learning_rate, weight_decay=args.weight_decay
         )
         del reference
         self.proof.save(output / PROOF_FILE)

@@ -43,7 +43,9 @@ from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.collate import without_labels
 from QEfficient.finetune.data.loader import Rows
 from QEfficient.finetune.data_manager import QEffDataManager
-from QEfficient.finetune.meter import Meter, perplexity
+from QEfficient.finetune.meter import Meter
+from QEfficient.finetune.methods.base import Measured, Method
+from QEfficient.finetune.methods.cross_entropy import ClassCrossEntropy, TokenCrossEntropy
 from QEfficient.finetune.model_files import BaseFiles, write_model
 from QEfficient.store.files import write_errors
 
@@ -62,6 +64,7 @@ class QEffTrainer(Trainer):
         args: how to run.
         data: the data manager that made the rows; its collator and order are used.
         train_dataset, eval_dataset: rows of ``data.prepare_dataset()``.
+        method: what is minimised; None is the cross entropy of tokens, or of a classifier's classes.
         run_identity: JSON-ready values a resumed run must share.
         callbacks: transformers callbacks besides the built-in ones.
         tokenizer: saved beside the weights.
@@ -76,6 +79,7 @@ class QEffTrainer(Trainer):
         train_dataset: Rows | None,
         eval_dataset: Rows | None = None,
         *,
+        method: Method | None = None,
         run_identity: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
@@ -83,6 +87,7 @@ class QEffTrainer(Trainer):
     ) -> None:
         self.data, self.run_identity, self.base_files = data, dict(run_identity or {}), base_files
         self.meter, self._epoch_decay = Meter(), args.epoch_decay
+        self.method = method or (ClassCrossEntropy() if step.is_classifier else TokenCrossEntropy())
         #: How long writing each checkpoint of this run took.
         self.checkpoint_seconds: list[float] = []
         args.logging_nan_inf_filter = False
@@ -104,7 +109,6 @@ class QEffTrainer(Trainer):
         self.tokenizer = tokenizer
         self._said_zero = False
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = not step.is_classifier
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
         if not args.disable_tqdm:
@@ -144,22 +148,41 @@ class QEffTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The micro-batch's share of the loss of the whole window: weights are 1 / (its trained labels, all ranks)."""
+        """The micro-batch's share of the loss of the whole window, of all micro-batches and ranks."""
         step: CompiledStep = self.accelerator.unwrap_model(model)
-        items = float(num_items_in_batch) if num_items_in_batch is not None else None
+        items = float(num_items_in_batch if num_items_in_batch is not None else self.method.count(inputs))
         if items == 0:
             raise InputError("every label of this optimizer step is masked (-100): there is nothing to train on.")
-        loss = model(**inputs, normaliser=items)
+        weighed = self.method.weigh(step, inputs, items)
+        loss = model(**weighed.inputs, normaliser=weighed.normaliser)
         result = step.last
         assert result is not None
-        if not math.isfinite(result.loss):
-            raise self._diverged(f"the loss became {result.loss}")
-        trained = result.trained_tokens
+        measured = weighed.measured
+        if measured is None:
+            measured = Measured(self.method.count(inputs), result.loss * items)
+        else:  # the gradient is the step's, the value is not
+            loss = loss + (measured.loss / items - loss.detach())
+        if not math.isfinite(measured.loss):
+            raise self._diverged(f"the loss became {measured.loss}")
         mask = inputs["attention_mask"]
-        self.meter.add(result.loss * (items or max(trained, 1)), trained, int((mask != 0).sum()), mask.numel())
-        if self.args.world_size > 1 and items is not None and self.args.average_tokens_across_devices:
+        self.meter.add(
+            measured.loss,
+            measured.count,
+            trained=result.trained_tokens,
+            tokens=int((mask != 0).sum()),
+            padded=mask.numel(),
+            sums=measured.sums,
+        )
+        if self.args.world_size > 1 and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.args.world_size  # DistributedDataParallel takes the mean of the ranks' gradients
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """What the loss of a window is a mean over, on all ranks."""
+        count = torch.tensor(sum(self.method.count(batch) for batch in batch_samples), device=device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            dist.all_reduce(count)
+        return count
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of ``lr_scheduler_type``, or with ``epoch_decay`` steps from epoch to epoch."""
@@ -189,36 +212,24 @@ class QEffTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss per trained token over all rows, and perplexity; accuracy for a classifier. Runs no backward pass."""
+        """The method's loss over all rows, and what else it measures. Runs no backward pass."""
         began = time.perf_counter()
         step: CompiledStep = self.accelerator.unwrap_model(self.model)
-        totals = torch.zeros(4, dtype=torch.float64)
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                loss = step(**batch, normaliser=1.0)
-                result = step.last
-                assert result is not None
-                totals[0] += float(loss.detach())
-                totals[1] += result.trained_tokens
-                totals[2] += int((batch["attention_mask"] != 0).sum())
-                if step.is_classifier:
-                    labels = batch["labels"].numpy()
-                    totals[3] += int(((result.logprobs.argmax(1) == labels) & (labels >= 0)).sum())
+        measured, tokens = Measured(0, 0.0), 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            measured += self.method.measure(step, batch)
+            tokens += int((batch["attention_mask"] != 0).sum())
         if self.args.world_size > 1:
-            dist.all_reduce(totals)
+            measured, tokens = _of_all_ranks(measured, tokens)
         seconds = time.perf_counter() - began
-        if totals[1] == 0:
+        if measured.count == 0:
             raise InputError("every label of the evaluation rows is masked: there is nothing to measure.")
-        mean = float(totals[0] / totals[1])
+        mean = measured.loss / measured.count
         if not math.isfinite(mean):
             raise self._diverged(f"the evaluation loss is {mean}")
-        metrics = {f"{metric_key_prefix}_loss": mean}
-        if step.is_classifier:
-            metrics[f"{metric_key_prefix}_accuracy"] = float(totals[3] / totals[1])
-        else:
-            metrics[f"{metric_key_prefix}_perplexity"] = perplexity(mean)
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
-        metrics[f"{metric_key_prefix}_tokens_per_second"] = round(float(totals[2]) / max(seconds, 1e-9), 1)
+        rates = {"runtime": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+        found = {"loss": mean, **self.method.summary(measured), **rates}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meter.pause(time.perf_counter() - began)
@@ -356,6 +367,13 @@ class QEffTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             load_trained(self._step, Path(self.state.best_model_checkpoint))
+
+
+def _of_all_ranks(measured: Measured, tokens: int) -> tuple[Measured, int]:
+    """The totals of every rank together."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (measured, tokens))
+    return sum((part for part, _ in found), Measured(0, 0.0)), sum(number for _, number in found)
 
 
 def save_trained(step: CompiledStep, directory: Path, base: BaseFiles | None = None) -> None:

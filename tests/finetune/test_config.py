@@ -71,7 +71,7 @@ def test_an_alias_may_repeat_but_not_contradict():
         ({"trainable": []}, "trainable must be a list"),
         ({"trainable": ["*.bias"], "lora_config": {"r": 4}}, "trainable and lora_config"),
         ({"eval_split": "val", "train_frac": 0.5}, "give one of them"),
-        ({"packing": True, "task": "seq_classification"}, "packing is for"),
+        ({"packing": True, "task": "seq_classification"}, "packing is not for"),
         ({"lora_config": {"rang": 4}}, "no option 'rang'. Did you mean 'rank'"),
         ({"lora_config": {"r": 0}}, "'r'"),
         ({"lora_config": {"r": 4, "rank": 8}}, "contradicts"),

@@ -264,7 +264,7 @@ def test_detection(home, row, name):
     [
         ({"frage": "p", "antwort": "c"}, {}, "the columns antwort, frage, which fits no known format .*columns="),
         ({"question": "p", "answer": "c", "response": "d"}, {}, "question/answer and question/response could each"),
-        ({"prompt": "p", "chosen": "c", "rejected": "d"}, {}, "need a preference trainer"),
+        ({"prompt": "p", "chosen": "c", "rejected": "d"}, {}, "set method='dpo'"),
         ({"text": "p", "label": 1}, {}, "set task='seq_classification'"),
         ({"prompt": "p", "completion": "c"}, {"dataset_format": "alpaca"}, "dataset_format='alpaca' needs instruction"),
         ({"prompt": "p", "completion": "c"}, {"task": "seq_classification"}, "needs text .*and label"),

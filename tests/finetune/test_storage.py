@@ -33,6 +33,14 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "prompt_completion": [{"prompt": q, "completion": a} for q, a in TURNS],
     "classification": [{"text": q, "label": n % 2} for n, (q, _) in enumerate(TURNS)],
     "text": [{"text": q + a} for q, a in TURNS],
+    "preference": [{"prompt": q, "chosen": a, "rejected": f"{a} [not]"} for q, a in TURNS],
+    "unpaired_preference": [{"prompt": q, "completion": a, "label": n != 1} for n, (q, a) in enumerate(TURNS)],
+}
+#: What such rows are for, where it is not the default.
+OPTIONS = {
+    "classification": {"task": "seq_classification"},
+    "preference": {"method": "dpo"},
+    "unpaired_preference": {"method": "kto"},
 }
 
 
@@ -84,13 +92,20 @@ STORAGES = {"jsonl": as_jsonl, "csv": as_csv, "parquet": as_parquet, "database":
 
 
 def encoded(source: dict[str, Any], name: str, home: Path) -> list[dict[str, np.ndarray]]:
-    task = "seq_classification" if name == "classification" else "generation"
-    config = QEffConfig(model_id="m", **source, train_frac=1.0, max_ctx_len=256, task=task)
+    config = QEffConfig(model_id="m", **source, train_frac=1.0, max_ctx_len=256, **OPTIONS.get(name, {}))
     manager = QEffDataManager(config, byte_tokenizer(template=CHATML), cache_home_dir=home)
     train, _ = manager.prepare_dataset()
     assert manager.audit is not None
     assert manager.audit.format == name
-    return [dict(row) for row in train]
+    return [_flat(row) for row in train]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a row, or of both rows of a pair and what goes with them."""
+    flat = {}
+    for name, value in row.items():
+        flat |= {f"{name}/{n}": v for n, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 @pytest.mark.parametrize("storage", STORAGES)

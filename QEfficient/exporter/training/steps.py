@@ -99,10 +99,11 @@ class TokenStep(nn.Module):
 
 
 class ClassificationStep(nn.Module):
-    """Cross entropy of a sequence classifier.
+    """Cross entropy of a sequence classifier, or the score of a model with one output.
 
     Inputs: ``input_ids``, ``attention_mask`` int64 [batch, seq] (0 = padding), ``position_ids``, ``labels`` int64
-    [batch], ``weights`` float32 [batch]. Outputs: ``loss`` = -sum(weights * log p), ``logits`` [batch, classes].
+    [batch], ``weights`` float32 [batch]. Outputs: ``loss`` = -sum(weights * log p), ``logits`` [batch, classes]. With
+    one class, whose probability is always 1, the weights are of the logit itself: ``loss`` = -sum(weights * logit).
     """
 
     outputs = ("logits",)
@@ -139,8 +140,8 @@ class ClassificationStep(nn.Module):
             arguments["use_cache"] = False
         with training_forward(Rows(attention_mask, position_ids)), _scaled(self.model, self.adapter, more):
             logits = self.model(**arguments).logits.float()
-        logprobs = functional.log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
-        return -(weights * logprobs).sum(), logits.detach()
+        scores = logits if logits.shape[-1] == 1 else functional.log_softmax(logits, dim=-1)
+        return -(weights * scores.gather(1, labels[:, None])[:, 0]).sum(), logits.detach()
 
 
 def _scaling_input(model: nn.Module, adapter: str | None) -> tuple[StepInput, ...]:

@@ -75,11 +75,11 @@ class SplitReport:
 
 
 def describe_split(
-    rows: TokenRows, rows_in: int, dropped: Counter[str], marks: Counter[str], without_end: int
+    rows: TokenRows, rows_in: int, dropped: Counter[str], marks: Counter[str], without_end: int, per_example: int = 1
 ) -> SplitReport:
-    """The numbers of a split."""
+    """The numbers of a split; ``per_example`` tokenized rows count as one row of the source."""
     lengths = rows.lengths
-    report = SplitReport(rows_in, len(rows), dict(dropped), dict(marks), without_end=without_end)
+    report = SplitReport(rows_in, len(rows) // per_example, dict(dropped), dict(marks), without_end=without_end)
     if not len(rows):
         return report
     report.tokens = int(lengths.sum())

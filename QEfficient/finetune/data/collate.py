@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 
 from QEfficient.errors import InputError
+from QEfficient.finetune.data.pairs import JUDGED, PREFERENCE
 from QEfficient.finetune.data.token_rows import IGNORE
 from QEfficient.finetune.keywords import short
 
 #: name -> array; see ``collate``.
 Batch = dict[str, np.ndarray]
+
+#: What a teacher says of every token.
+_TEACHER = ("teacher_ids", "teacher_logprobs")
+_NONE = np.zeros(0)
 
 
 def collate(
@@ -28,7 +33,8 @@ def collate(
     Args:
         rows: each with ``input_ids`` ``[L]``, ``labels`` ``[L]`` (-100 or the token at the same place; a scalar for
             classification; absent means every token), optionally ``attention_mask`` ``[L]`` (0 padding at an end, k ≥
-            1 the k-th segment) and ``weights`` ``[L]``. Lists, arrays or tensors, ``[L]`` or ``[1, L]``.
+            1 the k-th segment), ``weights`` ``[L]``, ``teacher_ids`` and ``teacher_logprobs`` ``[L, K]``. Lists, arrays
+            or tensors, ``[L]`` or ``[1, L]``. Or pairs of such rows, as `PairRows` gives them.
         pad_token_id: any id; what is there is never attended to nor trained.
         padding_side: ``"right"`` or ``"left"``.
         pad_to_multiple_of: the batch length is a multiple of this.
@@ -38,7 +44,8 @@ def collate(
         Contiguous arrays ``[B, S]``: ``input_ids`` int64; ``attention_mask`` int64, 0 on padding and k on the k-th
         segment; ``position_ids`` int64, from 0 in every segment, 0 on padding; ``labels`` int64, -100 on what is not
         trained and on the first token of every segment; ``weights`` float32 if a row has them. For classification
-        ``labels`` is int64 ``[B]``.
+        ``labels`` is int64 ``[B]``. Teachers' arrays are ``[B, S, K]``. Of n pairs the first rows come first, then the
+        second ones, ``B`` = 2n; what else a pair has is stacked ``[n, …]``.
 
     Raises:
         InputError: no rows, rows whose arrays disagree in length, or padding between real tokens.
@@ -47,6 +54,11 @@ def collate(
         raise InputError("There are no rows to make a batch of: pass at least one.")
     if padding_side not in ("right", "left"):
         raise InputError(f"padding_side must be 'right' or 'left', got {short(padding_side)}.")
+    stacked: Batch = {}
+    if names := _pair_names(rows[0]):
+        others = [name for name in rows[0] if name not in names]
+        stacked = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in others}
+        rows = [row[name] for name in names for row in rows]
     parts = [_row(row, number) for number, row in enumerate(rows, start=1)]
     scalar = [part["labels"].ndim == 0 for part in parts]
     if len(set(scalar)) > 1:
@@ -54,25 +66,33 @@ def collate(
     length = max(max(part["input_ids"].size for part in parts), pad_to_length or 1)
     if pad_to_multiple_of:
         length += -length % pad_to_multiple_of
-    fill = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 0, "position_ids": 0, "weights": 0}
-    names = ["input_ids", "attention_mask", "position_ids"]
-    names += [] if scalar[0] else ["labels"]
-    names += ["weights"] if any("weights" in part for part in parts) else []
-    batch: Batch = {}
-    for name in names:
-        kind = np.float32 if name == "weights" else np.int64
-        batch[name] = np.full((len(parts), length), fill[name], kind)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE}
+    columns = ["input_ids", "attention_mask", "position_ids"]
+    columns += [] if scalar[0] else ["labels"]
+    columns += ["weights"] if any("weights" in part for part in parts) else []
+    columns += [name for name in _TEACHER if name in parts[0]]
+    batch: Batch = dict(stacked)
+    for name in columns:
+        kind = np.float32 if name in ("weights", "teacher_logprobs") else np.int64
+        batch[name] = np.full((len(parts), length, *parts[0].get(name, _NONE).shape[1:]), fill.get(name, 0), kind)
         for index, part in enumerate(parts):
             values = part[name] if name in part else (part["labels"] != IGNORE)
-            place = slice(0, values.size) if padding_side == "right" else slice(length - values.size, length)
+            place = slice(0, len(values)) if padding_side == "right" else slice(length - len(values), length)
             batch[name][index, place] = values
     if scalar[0]:
         batch["labels"] = np.array([part["labels"] for part in parts], np.int64)
     return batch
 
 
+def _pair_names(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What the two rows of a pair are called; None for a plain row."""
+    return next((names for names in (PREFERENCE, JUDGED) if names[0] in row), None)
+
+
 def without_labels(item: Mapping[str, Any]) -> dict[str, Any]:
-    """A row that fills a place in a batch and trains nothing: the same tokens, every label masked."""
+    """A row, or a pair, that fills a place in a batch and trains nothing: the same tokens, every label masked."""
+    if names := _pair_names(item):
+        return {**item, **{name: without_labels(item[name]) for name in names}}
     return {**item, "labels": np.full_like(item["labels"], IGNORE)}
 
 
@@ -109,6 +129,9 @@ def _row(row: Mapping[str, Any], number: int) -> Batch:
         found["labels"] = labels
     if weights is not None:
         found["weights"] = np.where(found["labels"] == IGNORE, 0, weights[keep])
+    for name in _TEACHER:
+        if name in row:
+            found[name] = np.asarray(row[name])[keep]
     return found
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
-from QEfficient.finetune.data.examples import Conversation, Document, Example, Exchange, Labeled, Segments
+from QEfficient.finetune.data.examples import (
+    Conversation,
+    Document,
+    Example,
+    Exchange,
+    Judged,
+    Labeled,
+    Preference,
+    Segments,
+)
 from QEfficient.finetune.data.files import Rows, Unreadable, suffix_of
 from QEfficient.finetune.data.formats import Format, Renamer, detect, read_row
 from QEfficient.finetune.data.sources import columns_of
@@ -53,7 +62,7 @@ def read_all(config: QEffConfig, rows: Rows, form: str | None = None) -> Read:
     if form is not None and form not in FORMS:
         raise OptionError(f"rows can become {' or '.join(FORMS)}, not {form!r}.{did_you_mean(form, FORMS)}")
     renamer = Renamer(config.columns, columns_of(rows))
-    kind = detect(renamer.names, config.task, config.dataset_format)
+    kind = detect(renamer.names, config.kind_of_rows, config.dataset_format)
     found = Read(kind, [], [], [])
     for index in range(len(rows)):
         row: Any = rows[index]
@@ -81,7 +90,7 @@ def rewritten(example: Example, form: str) -> dict[str, Any]:
     ``history`` where there are some. Texts and classes stay rows of ``text`` (and ``label``), segments ``segments``.
 
     Raises:
-        OptionError: a conversation cannot become a pair, or token ids anything else.
+        OptionError: a conversation cannot become a pair, or token ids and judged answers anything else.
     """
     if isinstance(example, Document):
         return {"text": example.text}
@@ -96,7 +105,8 @@ def rewritten(example: Example, form: str) -> dict[str, Any]:
         return _pair(example) if form == "pairs" else _messages(example.conversation())
     if isinstance(example, Conversation) and form == "messages":
         return _messages(example)
-    what = "conversations" if isinstance(example, Conversation) else "token ids"
+    kinds = {Conversation: "conversations", Preference: "preferences", Judged: "judged answers"}
+    what = kinds.get(type(example), "token ids")
     raise OptionError(f"{what} cannot become {form}: leave out --to to keep what they are.")
 
 

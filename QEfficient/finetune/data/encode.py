@@ -18,7 +18,9 @@ from QEfficient.finetune.data.examples import (
     Document,
     Example,
     Exchange,
+    Judged,
     Labeled,
+    Preference,
     Segments,
     Tokenized,
 )
@@ -45,6 +47,7 @@ class Encoded:
         marks: what happened to the row: "prompt shortened", "turns left out", "answer cut", "text cut",
             "encoded apart".
         label: class, for classification.
+        desirable: whether the answer is good, where rows say so.
     """
 
     ids: list[int]
@@ -52,6 +55,7 @@ class Encoded:
     ends: list[int] = field(default_factory=list)
     marks: set[str] = field(default_factory=set)
     label: int | str | None = None
+    desirable: bool | None = None
 
     @property
     def trained(self) -> int:
@@ -99,6 +103,17 @@ class RowEncoder:
                 "choose another chat_template."
             )
 
+    def rows(self, example: Example) -> list[Encoded] | Dropped:
+        """What an example becomes: two rows for a preference, chosen and rejected, else one; see `encode`."""
+        if isinstance(example, Preference):
+            return self._preference(example)
+        row = self.encode(example.answer if isinstance(example, Judged) else example)
+        if isinstance(row, Dropped):
+            return row
+        if isinstance(example, Judged):
+            row.desirable = example.desirable
+        return [row]
+
     def encode(self, example: Example) -> Encoded | Dropped:
         """One example as ids and weights, at most ``max_ctx_len`` of them.
 
@@ -114,7 +129,23 @@ class RowEncoder:
             return self._fit_tokens(self._pieces(example.pieces, end=False))
         if isinstance(example, Document):
             return self._document(example)
-        return self._fit_chat(self._prepared(example))
+        assert isinstance(example, Exchange | Conversation)
+        return self._fit_chat(self._prepared(example))[1]
+
+    def _preference(self, example: Preference) -> list[Encoded] | Dropped:
+        """Both answers after the same prompt, which is as long as the longer answer leaves room for."""
+        pair = [self._prepared(answer) for answer in (example.chosen, example.rejected)]
+        sizes = [len(self._render(answer).ids) for answer in pair]
+        longer = sizes.index(max(sizes))
+        prompt, first = self._fit_chat(pair[longer])
+        second = self._fit_chat(_answered(prompt, pair[1 - longer]))[1]
+        if isinstance(first, Dropped):
+            return first
+        if isinstance(second, Dropped):
+            return second
+        if first.ids == second.ids:  # cut off after the beginning they share
+            return Dropped("answers equal after the cut")
+        return [first, second] if longer == 0 else [second, first]
 
     def prompt_ids(self, example: Exchange | Conversation) -> list[int]:
         """Ids that inference must feed to ask what ``example`` asks: all before its last answer."""
@@ -238,14 +269,15 @@ class RowEncoder:
 
     # ------------------------------------------------------------------------------------------------ lengths
 
-    def _fit_chat(self, example: Exchange | Conversation) -> Encoded | Dropped:
-        """The row within the limit: older turns go first, then the prompt from its left; the answer stays."""
+    def _fit_chat(self, example: Exchange | Conversation) -> tuple[Exchange | Conversation, Encoded | Dropped]:
+        """What is left of the example within the limit, and its row: older turns go first, then the prompt from its
+        left; the answer stays."""
         limit = self.options.max_ctx_len
         row = self._render(example)
         if len(row.ids) <= limit:
-            return _checked(row)
+            return example, _checked(row)
         if self.options.truncation in ("drop", "error"):
-            return self._too_long(len(row.ids))
+            return example, self._too_long(len(row.ids))
         marks: set[str] = set()
         while (shorter := _without_oldest(example)) is not None and len(row.ids) > limit:
             example, row = shorter, self._render(shorter)
@@ -259,11 +291,9 @@ class RowEncoder:
                 row = self._render(example)
                 marks.add("prompt shortened")
         row.marks |= marks
-        if len(row.ids) <= limit:
-            return _checked(row)
-        if self.options.truncation == "truncate":
-            return Dropped("answer too long", len(row.ids))
-        return _checked(_cut(row, limit, "answer cut"))
+        if len(row.ids) > limit and self.options.truncation == "truncate":
+            return example, Dropped("answer too long", len(row.ids))
+        return example, _checked(_cut(row, limit, "answer cut"))
 
     def _shortened(self, text: str, excess: int) -> str:
         ids = self.tokens.ids(text)
@@ -316,6 +346,21 @@ def _checked(row: Encoded) -> Encoded | Dropped:
     if row.trained == 0:
         return Dropped("no trained token")
     return row
+
+
+def _answered(prompt: Exchange | Conversation, answer: Exchange | Conversation) -> Exchange | Conversation:
+    """The prompt of one example, which may be shortened by now, with the answer of another to the same prompt."""
+    if isinstance(prompt, Exchange):
+        assert isinstance(answer, Exchange)
+        return dataclasses.replace(prompt, completion=answer.completion)
+    assert isinstance(answer, Conversation)
+    before, after = prompt.messages[: _answer_begins(prompt)], answer.messages[_answer_begins(answer) :]
+    return dataclasses.replace(prompt, messages=(*before, *after))
+
+
+def _answer_begins(chat: Conversation) -> int:
+    """The message after the prompt's, whose messages are not trained."""
+    return max((n for n, message in enumerate(chat.messages, start=1) if message.get("train") is False), default=0)
 
 
 def _prompt_texts(example: Exchange) -> list[str]:

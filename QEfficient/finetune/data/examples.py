@@ -83,4 +83,20 @@ class Labeled:
     pair: str | None = None
 
 
-Example = Exchange | Conversation | Segments | Document | Tokenized | Labeled
+@dataclass(frozen=True)
+class Preference:
+    """The better and the worse of two answers to one prompt."""
+
+    chosen: Exchange | Conversation
+    rejected: Exchange | Conversation
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer that is good or bad by itself."""
+
+    answer: Exchange | Conversation
+    desirable: bool
+
+
+Example = Exchange | Conversation | Segments | Document | Tokenized | Labeled | Preference | Judged

@@ -10,7 +10,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from QEfficient.errors import InputError, OptionError
-from QEfficient.finetune.data import readers
+from QEfficient.finetune.data import preference_readers, readers
 from QEfficient.finetune.data.examples import Example, Tokenized
 from QEfficient.finetune.keywords import short
 from QEfficient.suggest import did_you_mean
@@ -39,14 +39,15 @@ class Format:
         matches: whether a set of column names has it.
         read: one row (an InputError, without the row's number, when a value does not fit); None when a required
             value is empty.
-        unsupported: why rows of it cannot be used; None when they can.
+        kind: what its rows are for: ``"generation"``, ``"seq_classification"``, ``"preference"`` (pairs of answers) or
+            ``"unpaired_preference"`` (answers that are good or bad).
     """
 
     name: str
     wants: str
     matches: Callable[[frozenset[str]], bool]
     read: Callable[[Row], Example | None]
-    unsupported: str | None = None
+    kind: str = "generation"
 
 
 def _has(*columns: str) -> Callable[[frozenset[str]], bool]:
@@ -63,27 +64,40 @@ def pairs_in(names: Iterable[str]) -> list[tuple[str, str]]:
     return [pair for pair in PAIRS if names.issuperset(pair)]
 
 
-_PREFERENCE = (
-    "rows with chosen and rejected answers need a preference trainer, which this version does not have: to tune on the "
-    "chosen answers, pass columns={'completion': 'chosen', …} with dataset_format='prompt_completion'"
-)
+#: Kind of rows -> what to do where something else was expected.
+_ADVICE = {
+    "seq_classification": "is classification data: set task='seq_classification', or dataset_format='text' to train on "
+    "the text",
+    "preference": "has preferred answers: set method='dpo', 'orpo' or 'reward', or train on the chosen answers with "
+    "columns={'prompt': 'prompt', 'completion': 'chosen'}",
+    "unpaired_preference": "has answers marked good or bad: set method='kto', or dataset_format='prompt_completion' to "
+    "train on all of them",
+}
+
+#: Kind of rows -> the options that ask for it, as messages name them.
+_ASKS = {
+    "generation": "task='generation'",
+    "seq_classification": "task='seq_classification'",
+    "preference": "a method that compares answers",
+    "unpaired_preference": "method='kto'",
+}
 
 #: In the order in which they are tried.
 _ALL = (
     Format("tokenized", "input_ids", _has("input_ids"), readers.tokenized),
     Format(
         "preference",
-        "chosen, rejected",
-        lambda names: _has("chosen", "rejected")(names) or _has("chosen_response", "rejected_response")(names),
-        readers.refused,
-        _PREFERENCE,
+        "chosen and rejected",
+        lambda names: any(names.issuperset(pair) for pair in preference_readers.PAIRED),
+        preference_readers.preference,
+        "preference",
     ),
     Format(
         "unpaired_preference",
-        "prompt, completion, label",
-        lambda names: _has("prompt", "completion", "label")(names) or "kto_tag" in names,
-        readers.refused,
-        "rows with answers marked good or bad need a preference trainer, which this version does not have",
+        "prompt, completion and label, or messages and kto_tag",
+        lambda names: _has("prompt", "completion", "label")(names) or _has("messages", "kto_tag")(names),
+        preference_readers.judged,
+        "unpaired_preference",
     ),
     Format("segments", "segments", _has("segments"), readers.segments),
     Format("messages", "messages", _has("messages"), readers.messages),
@@ -100,6 +114,7 @@ _ALL = (
         "text (or sentence, or sentence1 and sentence2) and label",
         lambda names: "label" in names and bool(names & {"text", "sentence", "sentence1"}),
         readers.classification,
+        "seq_classification",
     ),
     Format("text", "text or content", lambda names: bool(names & {"text", "content"}), readers.document),
 )
@@ -121,23 +136,24 @@ COLUMNS = tuple(
             ],
             *["messages", "conversations", "tools", "system", "instruction", "input", "output", "response", "history"],
             *(name for pair in PAIRS for name in pair),
-            *["system_prompt", "text", "content", "sentence", "sentence1", "sentence2", "label", "chosen", "rejected"],
+            *["system_prompt", "text", "content", "sentence", "sentence1", "sentence2", "label", "kto_tag"],
+            *(name for pair in preference_readers.PAIRED for name in pair),
         )
     )
 )
 
 
-def detect(columns: Iterable[str], task: str = "generation", wanted: str = "auto") -> Format:
+def detect(columns: Iterable[str], kind: str = "generation", wanted: str = "auto") -> Format:
     """The format of rows with these columns.
 
     Args:
         columns: column names, after ``Renamer``.
-        task: ``"seq_classification"`` takes classification rows only, ``"generation"`` all others.
+        kind: what the rows are for, as in ``Format``.
         wanted: a format's name, or ``"auto"``.
 
     Raises:
-        OptionError: no format fits, two prompt–completion pairs fit, the format is of another task, or it is not
-            supported; the message lists columns, candidates and the options that decide.
+        OptionError: no format fits, two prompt–completion pairs fit, or the format is for something else; the message
+            lists columns, candidates and the options that decide.
     """
     names = frozenset(columns)
     if wanted != "auto":
@@ -147,27 +163,22 @@ def detect(columns: Iterable[str], task: str = "generation", wanted: str = "auto
                 f"dataset_format={wanted!r} needs {found.wants}, and the data has {_listed(names)}: name the columns "
                 "with columns={'ours': 'theirs'}."
             )
-    elif task == "seq_classification":
-        found = FORMATS["classification"]
+    elif kind != "generation":
+        found = next(item for item in _ALL if item.kind == kind)
         if not found.matches(names):
             raise OptionError(
-                f"task='seq_classification' needs {found.wants}, and the data has {_listed(names)}: name the columns "
-                "with columns={'text': …, 'label': …}."
+                f"{_ASKS[kind]} needs {found.wants}, and the data has {_listed(names)}: name the columns with "
+                "columns={'ours': 'theirs'}."
             )
     else:
         matching = [item for item in _ALL if item.matches(names)]
         if not matching:
             raise OptionError(_no_format(names))
         found = matching[0]
-        if found.name == "classification":
-            raise OptionError(
-                f"The data has {_listed(names)}, which is classification data: set task='seq_classification', or "
-                "dataset_format='text' to train on the text."
-            )
-    if found.unsupported is not None:
-        raise OptionError(f"The data has {_listed(names)}; {found.unsupported}.")
-    if (found.name == "classification") != (task == "seq_classification"):
-        raise OptionError(f"dataset_format={found.name!r} does not fit task={task!r}: change one of them.")
+        if found.kind != kind:
+            raise OptionError(f"The data has {_listed(names)} and {_ADVICE[found.kind]}.")
+    if found.kind != kind:
+        raise OptionError(f"dataset_format={found.name!r} does not fit {_ASKS[kind]}: change one of them.")
     pairs = pairs_in(names)
     if found.name == "prompt_completion" and len(pairs) > 1:
         raise OptionError(
@@ -215,7 +226,7 @@ class Renamer:
 def _hidden_by(columns: Mapping[str, str]) -> set[str]:
     if not pairs_in(columns):
         return set()
-    names = {name for pair in PAIRS for name in pair} | {"chosen", "rejected", "label", "instruction"}
+    names = {name for pair in (*PAIRS, *preference_readers.PAIRED) for name in pair} | {"label", "instruction"}
     return names - set(columns)
 
 
@@ -313,7 +324,7 @@ def _called(name: str | None) -> str:
 
 
 def _no_format(names: frozenset[str]) -> str:
-    candidates = "; ".join(f"{item.name}: {item.wants}" for item in _ALL if item.unsupported is None)
+    candidates = "; ".join(f"{item.name}: {item.wants}" for item in _ALL)
     return (
         f"The data has {_listed(names)}, which fits no known format ({candidates}): name the columns with "
         "columns={'ours': 'theirs'} or set dataset_format."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from QEfficient.finetune.data.audit import MOST_BAD_ROWS, LabelAudit, SplitRepor
 from QEfficient.finetune.data.augment import augmented, read_augmentations
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
+from QEfficient.finetune.data.examples import Example
 from QEfficient.finetune.data.files import Rows, Unreadable
 from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
 from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row, usual_names
@@ -31,7 +33,7 @@ _REPORT = "data_report.json"
 #: Why rows are left out under ``on_bad_row="skip"``, in reports.
 _BAD = "malformed"
 #: Formats whose answers get an end token.
-_ANSWERS = ("messages", "sharegpt", "alpaca", "prompt_completion")
+_ANSWERS = ("messages", "sharegpt", "alpaca", "prompt_completion", "preference", "unpaired_preference")
 #: Rows between progress reports.
 _PROGRESS_EVERY = 500
 
@@ -85,14 +87,21 @@ class Preparation:
         config: what to do with the rows.
         tokenizer: with the chat template to use.
         source: the rows.
+        respond: gives examples other answers; for training rows only.
 
     Raises:
         OptionError: no format fits the columns, a column is mapped that is not there, or answers could not end.
         InputError: rows of several formats.
     """
 
-    def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
-        self.config, self.tokenizer, self.source = config, tokenizer, source
+    def __init__(
+        self,
+        config: QEffConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Source,
+        respond: Callable[[Sequence[Example], Progress], list[Example]] | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.source, self._respond = config, tokenizer, source, respond
         if isinstance(source.train, list) and all(isinstance(row, Unreadable) for row in source.train):
             raise InputError(f"No row of {source.name} can be read, the first: {source.train[0].why}")
         self._renamer = Renamer(config.columns, columns_of(source.train))
@@ -103,7 +112,7 @@ class Preparation:
                 self._names_of_rows = usual_names(rows)
             else:
                 check_one_format(rows)
-        self.format = detect(self._names_of_rows, config.task, config.dataset_format)
+        self.format = detect(self._names_of_rows, config.kind_of_rows, config.dataset_format)
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())
         self._augmentations = read_augmentations(config.augment or ())
@@ -124,10 +133,18 @@ class Preparation:
         return RowEncoder(tokenizer, EncodeOptions(**{name: getattr(config, name) for name in names}))
 
     @property
+    def _per_example(self) -> int:
+        """Tokenized rows of one row of the source: a preference has two."""
+        return 2 if self.format.kind == "preference" else 1
+
+    @property
     def joiner(self) -> str:
         """What stands between prompt and answer where there is no chat template."""
         if self.format.name == "alpaca":
             return "\n"
+        if self.format.kind == "preference":
+            names = set(self._names_of_rows)
+            return "\n" if "prompt" not in names and names & {"question", "instruction"} else ""
         pairs = pairs_in(self._names_of_rows)
         return "\n" if self.format.name == "prompt_completion" and pairs[0] != ("prompt", "completion") else ""
 
@@ -184,7 +201,7 @@ class Preparation:
             self.notes.append(
                 f"none of the rows split off for evaluation can be used ({reasons}), so there are none for evaluation."
             )
-        if config.task == "seq_classification":
+        if self.format.kind == "seq_classification":
             self._names = self._classes(encoded)
         for name, (found, dropped, marks) in encoded.items():
             tokens = TokenRows.from_encoded(found, self._names)
@@ -193,7 +210,7 @@ class Preparation:
             if self._augmentations and name == "train":
                 self.notes.append(f"augmentation made {self._made[name]:,} training rows of {given:,}.")
                 given = self._made[name] + dropped[_BAD]
-            report = describe_split(tokens, given, dropped, marks, without_end)
+            report = describe_split(tokens, given, dropped, marks, without_end, self._per_example)
             self.notes += check_split(name, report, self._hint(report))
             self._done[name] = tokens, report
         self._audit = self._make_audit()
@@ -213,11 +230,14 @@ class Preparation:
         dropped: Counter[str] = Counter()
         marks: Counter[str] = Counter()
         needs: list[tuple[int, int]] = []
+        answers = self._answers(rows, numbers, progress) if name == "train" else {}
         for done, index in enumerate(numbers.tolist()):
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
             try:
-                variants = [self._encode_row(row, index + 1) for row in self._variants(name, rows[index], index + 1)]
+                variants = [
+                    self._rows_of(row, index + 1, answers) for row in self._variants(name, rows[index], index + 1)
+                ]
             except InputError as error:
                 if self.config.on_bad_row == "error":
                     raise
@@ -225,15 +245,15 @@ class Preparation:
                 self.bad_rows.append(str(error))
                 continue
             self._made[name] += len(variants)
-            for row in variants:
-                if row is None:
+            for made in variants:
+                if made is None:
                     dropped["empty"] += 1
-                elif isinstance(row, Dropped):
-                    dropped[row.reason] += 1
-                    needs += [(row.needs, index + 1)] if row.needs else []
+                elif isinstance(made, Dropped):
+                    dropped[made.reason] += 1
+                    needs += [(made.needs, index + 1)] if made.needs else []
                 else:
-                    marks.update(row.marks)
-                    found.append((index + 1, row))
+                    marks.update(set().union(*(row.marks for row in made)))
+                    found += [(index + 1, row) for row in made]
         if needs:
             raise InputError(self._too_long(name, needs, len(numbers)))
         return found, dropped, marks
@@ -247,13 +267,24 @@ class Preparation:
             return [renamed]
         return augmented(self._augmentations, renamed, self.config.seed, number)
 
-    def _encode_row(self, row: Any, number: int) -> Encoded | Dropped | None:
-        """A row as tokens; None when a required value is empty, InputError when it cannot be read."""
-        example = read_row(self.format, row, number)
+    def _answers(self, rows: Rows, numbers: np.ndarray, progress: Progress) -> dict[int, Example]:
+        """Row number, from 1 -> the example with the answer that `respond` gives; unreadable rows come up later."""
+        if self._respond is None:
+            return {}
+        found: dict[int, Example] = {}
+        for index in numbers.tolist():
+            with contextlib.suppress(InputError):
+                example = read_row(self.format, self._variants("train", rows[index], index + 1)[0], index + 1)
+                found |= {} if example is None else {index + 1: example}
+        return dict(zip(found, self._respond([*found.values()], progress), strict=True))
+
+    def _rows_of(self, row: Any, number: int, answers: Mapping[int, Example]) -> list[Encoded] | Dropped | None:
+        """A row as tokens, twice for a pair; None when a required value is empty, InputError when it cannot be read."""
+        example = answers.get(number) or read_row(self.format, row, number)
         if example is None:
             return None
         try:
-            return self._encoder.encode(example)
+            return self._encoder.rows(example)
         except InputError as error:
             raise InputError(f"Row {number} cannot be encoded: {error}") from error
 

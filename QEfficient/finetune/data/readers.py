@@ -32,11 +32,6 @@ ROLES = {
 }
 
 
-def refused(row: Row) -> None:
-    """The reader of formats that are recognised in order to be refused; detection has refused them already."""
-    raise InputError("it is not supported.")
-
-
 def tokenized(row: Row) -> Tokenized | None:
     """``input_ids`` with ``labels``, or with a 0/1 mask, or alone (all trained); padding at either end is removed."""
     ids = _integers("input_ids", row["input_ids"])
@@ -101,28 +96,28 @@ def _integers(name: str, value: Any, size: int | None = None) -> np.ndarray:
 
 def segments(row: Row) -> Segments | None:
     """``segments: [{label: bool, text: str}]``, joined as written."""
-    found = _list("segments", row["segments"])
+    found = listed("segments", row["segments"])
     pieces = []
     for item in found:
         if not isinstance(item, Mapping) or not isinstance(item.get("label"), bool):
             raise InputError(f"a segment must have a text and a label of true or false, got {short(item)}.")
-        pieces.append((_string("text", item.get("text")), float(item["label"])))
+        pieces.append((string("text", item.get("text")), float(item["label"])))
     pieces = [piece for piece in pieces if piece[0]]
     return Segments(tuple(pieces)) if any(weight for _, weight in pieces) else None
 
 
 def messages(row: Row) -> Conversation | None:
     """``messages: [{role, content}]``."""
-    return _conversation("messages", row["messages"], row)
+    return conversation("messages", row["messages"], row)
 
 
 def sharegpt(row: Row) -> Conversation | None:
     """``conversations: [{from, value}]``; items with role and content are read as messages."""
-    found = [_from_sharegpt(item) for item in _list("conversations", row["conversations"])]
-    return _conversation("conversations", found, row)
+    found = [from_sharegpt(item) for item in listed("conversations", row["conversations"])]
+    return conversation("conversations", found, row)
 
 
-def _from_sharegpt(item: Any) -> Any:
+def from_sharegpt(item: Any) -> Any:
     if not isinstance(item, Mapping) or "from" not in item:
         return item
     role = ROLES.get(str(item["from"]).lower())
@@ -145,11 +140,11 @@ def _from_sharegpt(item: Any) -> Any:
     }
 
 
-def _conversation(column: str, value: Any, row: Row) -> Conversation | None:
-    found = [_message(column, item) for item in _list(column, value)]
+def conversation(column: str, value: Any, row: Row) -> Conversation | None:
+    found = [_message(column, item) for item in listed(column, value)]
     system = row.get("system") or row.get("system_prompt")
     if system and not any(message["role"] == "system" for message in found):
-        found.insert(0, {"role": "system", "content": _string("system", system)})
+        found.insert(0, {"role": "system", "content": string("system", system)})
     answers = [message for message in found if message["role"] == "assistant"]
     if not any(message.get("content") or message.get("tool_calls") for message in answers):
         return None
@@ -172,7 +167,7 @@ def _message(column: str, item: Any) -> Message:
     if isinstance(content, list):
         content = "".join(_text_part(part) for part in content)
     # A null content is what a message with tool calls has.
-    content = "" if content is None and item.get("tool_calls") else _string("content", content)
+    content = "" if content is None and item.get("tool_calls") else string("content", content)
     message = {name: value for name, value in item.items() if value is not None or name == "content"}
     if "weight" in message and not is_number(message["weight"]):
         raise InputError(f"the weight of a message must be a number, got {short(message['weight'])}.")
@@ -183,7 +178,7 @@ def _message(column: str, item: Any) -> Message:
 
 def _text_part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text":
-        return _string("text", part.get("text"))
+        return string("text", part.get("text"))
     raise InputError(f"a message has the part {short(part)}, and only text can be trained.")
 
 
@@ -192,17 +187,17 @@ def alpaca(row: Row) -> Exchange | None:
     answers = [row[name] for name in ("output", "response") if row.get(name)]
     if len(answers) > 1:
         raise InputError("it has both output and response; map one of them with columns.")
-    instruction = _string("instruction", row.get("instruction") or "")
-    extra = _string("input", row.get("input") or "")
-    if not instruction.strip() or not answers or not _string("output", answers[0]).strip():
+    instruction = string("instruction", row.get("instruction") or "")
+    extra = string("input", row.get("input") or "")
+    if not instruction.strip() or not answers or not string("output", answers[0]).strip():
         return None
     history = []
-    for pair in _list("history", row.get("history") or []):
+    for pair in listed("history", row.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"history must hold [question, answer] pairs, got {short(pair)}.")
-        history.append((_string("history", pair[0]), _string("history", pair[1])))
+        history.append((string("history", pair[0]), string("history", pair[1])))
     prompt = f"{instruction}\n{extra}" if extra else instruction
-    return Exchange(prompt, answers[0], _system(row), tuple(history), "\n")
+    return Exchange(prompt, answers[0], system_of(row), tuple(history), "\n")
 
 
 def prompt_completion(pairs_in: Callable[[Iterable[str]], list[tuple[str, str]]]) -> Callable[[Row], Any]:
@@ -212,35 +207,35 @@ def prompt_completion(pairs_in: Callable[[Iterable[str]], list[tuple[str, str]]]
         first, second = pairs_in(row)[0]
         prompt, completion = row[first], row[second]
         if isinstance(prompt, list) or isinstance(completion, list):
-            return _message_pair(first, prompt, second, completion, row)
+            return message_pair(first, prompt, second, completion, row)
         if prompt is None or completion is None:
             return None
-        prompt, completion = _string(first, prompt), _string(second, completion)
+        prompt, completion = string(first, prompt), string(second, completion)
         if not prompt.strip() or not completion.strip():
             return None
         # prompt and completion are one text cut in two; the other pairs are fields that need something between.
         return Exchange(
-            prompt, completion, _system(row), (), "" if (first, second) == ("prompt", "completion") else "\n"
+            prompt, completion, system_of(row), (), "" if (first, second) == ("prompt", "completion") else "\n"
         )
 
     return read
 
 
-def _message_pair(first: str, prompt: Any, second: str, completion: Any, row: Row) -> Conversation | None:
+def message_pair(first: str, prompt: Any, second: str, completion: Any, row: Row) -> Conversation | None:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    before = [{**_message(first, item), "train": False} for item in _list(first, prompt)]
-    after = [_message(second, item) for item in _list(second, completion)]
-    return _conversation(second, [*before, *after], row) if before and after else None
+    before = [{**_message(first, item), "train": False} for item in listed(first, prompt)]
+    after = [_message(second, item) for item in listed(second, completion)]
+    return conversation(second, [*before, *after], row) if before and after else None
 
 
 def classification(row: Row) -> Labeled | None:
     """``text``, or ``sentence``, or ``sentence1`` and ``sentence2``, and ``label`` (int or string)."""
     name = next(name for name in ("text", "sentence", "sentence1") if name in row)
     label, pair = row.get("label"), row.get("sentence2") if name == "sentence1" else None
-    if row[name] is None or label is None or not _string(name, row[name]).strip():
+    if row[name] is None or label is None or not string(name, row[name]).strip():
         return None
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)  # CSV files and some databases hold numbers as text
@@ -248,29 +243,29 @@ def classification(row: Row) -> Labeled | None:
         raise InputError(f"label must be an integer or a string, got {short(label)}.")
     if isinstance(label, int) and label < 0:
         raise InputError(f"label must be at least 0, got {label}.")
-    return Labeled(row[name], label, None if pair is None else _string("sentence2", pair))
+    return Labeled(row[name], label, None if pair is None else string("sentence2", pair))
 
 
 def document(row: Row) -> Document | None:
     """``text`` or ``content``."""
     value = row.get("text") if "text" in row else row.get("content")
-    if value is None or not _string("text", value).strip():
+    if value is None or not string("text", value).strip():
         return None
     return Document(value)
 
 
-def _system(row: Row) -> str | None:
+def system_of(row: Row) -> str | None:
     value = row.get("system") or row.get("system_prompt")
-    return _string("system", value) if value else None
+    return string("system", value) if value else None
 
 
-def _string(name: str, value: Any) -> str:
+def string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(f"{name} must be a string, got {short(value)}.")
     return value
 
 
-def _list(name: str, value: Any) -> list[Any]:
+def listed(name: str, value: Any) -> list[Any]:
     value = _decoded(value)
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise InputError(f"{name} must be a list, got {short(value)}.")

@@ -20,7 +20,8 @@ class TokenRows:
     """An indexable, iterable set of tokenized rows.
 
     ``rows[i]`` is ``{"input_ids": int64 [L], "labels": int64 [L]}``, with ``"weights": float32 [L]`` where a row
-    has weights other than 0 and 1; for classification ``"labels"`` is an int64 scalar array.
+    has weights other than 0 and 1; for classification ``"labels"`` is an int64 scalar array; ``"desirable"``, a bool
+    scalar array, where answers are judged.
 
     Args:
         ids: all tokens ``[T]``; labels: -100 or the token ``[T]``, or the class of every row ``[N]``.
@@ -28,6 +29,7 @@ class TokenRows:
         numbers: the row of the source each came from, from 1 ``[N]``.
         weights: ``[T]`` or None.
         classes: whether labels are classes.
+        desirable: bool ``[N]``, whether each answer is good, or None.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class TokenRows:
         numbers: np.ndarray,
         weights: np.ndarray | None = None,
         classes: bool = False,
+        desirable: np.ndarray | None = None,
     ) -> None:
         self.ids, self.labels, self.offsets, self.numbers = ids, labels, offsets, numbers
-        self.weights, self.classes = weights, classes
+        self.weights, self.classes, self.desirable = weights, classes, desirable
 
     @classmethod
     def from_encoded(cls, rows: Iterable[tuple[int, Encoded]], names: dict[str, int] | None = None) -> TokenRows:
@@ -58,7 +61,9 @@ class TokenRows:
         weights[offsets[:-1]] = 0
         labels = np.where(weights != 0, ids, IGNORE)
         plain = np.isin(weights, (0.0, 1.0)).all()
-        return cls(ids, labels, offsets, numbers, None if plain else weights)
+        verdicts = [row.desirable for _, row in found]
+        desirable = np.array(verdicts, bool) if verdicts and None not in verdicts else None
+        return cls(ids, labels, offsets, numbers, None if plain else weights, desirable=desirable)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,6 +79,8 @@ class TokenRows:
         item = {"input_ids": self.ids[span], "labels": self.labels[span]}
         if self.weights is not None:
             item["weights"] = self.weights[span]
+        if self.desirable is not None:
+            item["desirable"] = self.desirable[index]
         return item
 
     def __iter__(self) -> Iterator[Item]:
@@ -94,7 +101,8 @@ class TokenRows:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         found = {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, "numbers": self.numbers}
-        return found if self.weights is None else {**found, "weights": self.weights}
+        extra = {"weights": self.weights, "desirable": self.desirable}
+        return found | {name: array for name, array in extra.items() if array is not None}
 
     def save(self, directory: Path, name: str) -> None:
         """Writes ``<name>.<array>.npy`` files into a directory."""
@@ -108,5 +116,5 @@ class TokenRows:
         def read(key: str) -> Any:
             return np.load(directory / f"{name}.{key}.npy", mmap_mode="r", allow_pickle=False)
 
-        weights = read("weights") if (directory / f"{name}.weights.npy").is_file() else None
-        return cls(read("ids"), read("labels"), np.array(read("offsets")), read("numbers"), weights, classes)
+        extra = {key: read(key) for key in ("weights", "desirable") if (directory / f"{name}.{key}.npy").is_file()}
+        return cls(read("ids"), read("labels"), np.array(read("offsets")), read("numbers"), classes=classes, **extra)
