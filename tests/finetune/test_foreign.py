@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from QEfficient.cli.main import app
-from QEfficient.errors import OptionError
+from QEfficient.errors import OptionError, QEfficientError
 from QEfficient.finetune.foreign import tables
 from QEfficient.finetune.foreign.read import TOOLS, read_options, recognise
 from QEfficient.finetune.foreign.tool import translate
@@ -234,7 +235,7 @@ def test_unknown_keys_name_the_nearest(tool, key, near):
         ("axolotl", {"datasets": [{"path": "a", "type": "alpaca", "split": "train[:5%]"}]}, "a part of a split"),
         ("axolotl", {"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["boss"]}}]}, "'boss'"),
         ("axolotl", {"datasets": [{"path": "a", "type": "chat_template", "train_on_eos": "all"}]}, "train_on_eos"),
-        ("axolotl", {"excess_length_strategy": "cut"}, "must be one of drop, truncate, raise"),
+        ("axolotl", {"excess_length_strategy": "cut"}, "must be one of 'drop', 'truncate', 'raise'"),
         ("llamafactory", {"stage": "dpo"}, "stage='dpo' of LLaMA-Factory is not available"),
         ("llamafactory", {"finetuning_type": "freeze"}, "must be lora or full"),
         ("llamafactory", {"quantization_bit": 3}, "must be 4 or 8 bits"),
@@ -245,7 +246,7 @@ def test_unknown_keys_name_the_nearest(tool, key, near):
         ("torchtune", {"output_dir": "${nowhere}"}, "leads nowhere"),
         ("torchtune", {"optimizer_in_bwd": True}, "optimizer_in_bwd is not available"),
         ("mlx", {"fine_tune_type": "dora"}, "must be lora or full"),
-        ("mlx", {"optimizer": "muon"}, "must be one of adam, adamw, sgd"),
+        ("mlx", {"optimizer": "muon"}, "must be one of 'adam', 'adamw', 'sgd'"),
         ("mlx", {"lr_schedule": {"name": "step_decay"}}, "must be cosine_decay"),
         ("mlx", {"hf_dataset": {"path": "a"}}, "has no train_split"),
         ("mlx", {"resume_adapter_file": "x"}, "continues from its last checkpoint"),
@@ -255,6 +256,18 @@ def test_what_cannot_be_honoured_is_one_sentence(tool, more, said):
     with pytest.raises(OptionError, match=said) as caught:
         translate(TOOLS[tool], {**LEAST[tool][0], **more})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("value", ["word", -3, 2.5, [1], [{}], {"a": 1}, True], ids=str)
+def test_any_value_of_any_key_is_read_or_refused(tool, value):
+    """Also what is of another type altogether: nothing but our own errors leaves the reader."""
+    least = LEAST[tool][0]
+    for key in TOOLS[tool].keys:
+        section, _, inner = key.rpartition(".")
+        changed = {**least, key: value} if not section else {**least, section: {**least.get(section, {}), inner: value}}
+        with contextlib.suppress(QEfficientError):
+            translate(TOOLS[tool], changed)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.finetune.foreign import data, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
-from QEfficient.finetune.keywords import mapping, short
+from QEfficient.finetune.keywords import choice, integer, mapping, number, short
 from QEfficient.finetune.settings_file import parse_value
 
 #: ``type`` of a data set -> format of ours.
@@ -28,15 +28,13 @@ _STRATEGIES = {"drop": "drop", "truncate": "cut_answer", "raise": "error"}
 
 def _finish(reading: Reading) -> None:
     shared.required(reading, "learning_rate")
-    rate = reading["learning_rate"]
+    rate = reading["learning_rate"]  # a text or a number there
     reading.put(learning_rate=parse_value(rate) if isinstance(rate, str) else rate)
     reading.options["lora_config"] = _lora(reading)
     _data(reading)
     _schedule(reading)
     strategy = reading["excess_length_strategy"]
-    if strategy not in _STRATEGIES:
-        raise reading.error("excess_length_strategy", f"must be one of {', '.join(_STRATEGIES)}")
-    reading.put(truncation=_STRATEGIES[strategy])
+    reading.put(truncation=_STRATEGIES[choice("excess_length_strategy", strategy, _STRATEGIES)])
     shared.optimizer(reading, "optimizer")
     if reading["eval_batch_size"] is None:
         reading.put(per_device_eval_batch_size=reading["micro_batch_size"])
@@ -75,18 +73,20 @@ def _lora(reading: Reading) -> dict[str, Any] | None:
 
 
 def _schedule(reading: Reading) -> None:
-    epochs, limit = reading["num_epochs"], reading["max_steps"]
+    epochs, limit = number("num_epochs", reading["num_epochs"]), reading["max_steps"]
     warmup = reading["warmup_ratio"] if reading["warmup_steps"] is None else reading["warmup_steps"]
     if warmup is None:
         # 3 % of the run, of at most 100 steps; only a run whose steps are given can be cut there now.
-        warmup = 0.03 if limit is None else min(int(0.03 * limit), 100)
+        warmup = 0.03 if limit is None else min(int(0.03 * integer("max_steps", limit)), 100)
     reading.put(warmup_steps=warmup)
     lowest = reading["cosine_min_lr_ratio"]
     if lowest is not None:
         reading.put(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": lowest})
     for word, strategy, default in (("save", "save_strategy", "epoch"), ("eval", "eval_strategy", None)):
         often, each = reading[f"{word}s_per_epoch"], reading[f"{word}_steps"]
-        if often and often * epochs > 1:  # as a share of the run; there, too, a whole run is none
+        if (
+            often and integer(f"{word}s_per_epoch", often) * epochs > 1
+        ):  # as a share of the run; there, too, a whole run is none
             each = 1 / (often * epochs)
         if each:
             reading.put(**{strategy: "steps", f"{word}_steps": each})
@@ -140,7 +140,7 @@ def _entry(reading: Reading, entry: Any) -> dict[str, Any]:
     kind = given.get("type", "")
     if isinstance(kind, Mapping):
         found |= _own_type(reading, kind)
-    elif kind not in _TYPES:
+    elif not isinstance(kind, str) or kind not in _TYPES:
         raise OptionError(
             f"type={short(kind)} of a data set of axolotl cannot be read; {', '.join(filter(None, _TYPES))} can be."
         )
@@ -179,8 +179,9 @@ def _conversation(reading: Reading, given: Mapping[str, Any]) -> dict[str, Any]:
         "role": given.get("message_field_role", "role"), "content": given.get("message_field_content", "content"),
         **mapping("message_property_mappings", given.get("message_property_mappings", {})),
     }  # fmt: skip
-    data.check_roles({theirs: role for role, those in given.get("roles", {}).items() for theirs in those}, title)
-    if not set(given.get("roles_to_train", ["assistant"])) <= {"assistant", "gpt"}:
+    roles = mapping("roles", given.get("roles", {}))
+    data.check_roles({str(theirs): role for role, those in roles.items() for theirs in those}, title)
+    if given.get("roles_to_train", ["assistant"]) not in (["assistant"], ["gpt"], ["assistant", "gpt"]):
         raise OptionError("roles_to_train of axolotl can be assistant only: set train_on=all to train every role.")
     for key in ("train_on_eos", "train_on_eot"):
         if given.get(key, "turn") != "turn":

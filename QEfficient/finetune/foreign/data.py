@@ -61,7 +61,7 @@ def source(path: Any, data_files: Any, title: str) -> str:
     Raises:
         OptionError: several files, or no name at all.
     """
-    files = [data_files] if isinstance(data_files, str) else list(data_files or [])
+    files = data_files if isinstance(data_files, list) else [data_files] if data_files else []
     if not isinstance(path, str) or not path:
         raise OptionError(f"a data set of {title} needs a path or a name, got {short(path)}.")
     if not files:
@@ -102,12 +102,12 @@ def conversations(column: Any, role: str, content: str, title: str) -> dict[str,
         OptionError: other keys than the two usual pairs.
     """
     formats = {("role", "content"): "messages", ("from", "value"): "sharegpt"}
-    if (role, content) not in formats:
+    if formats.get((str(role), str(content))) is None:
         raise OptionError(
             f"messages of {title} have the keys {role!r} and {content!r}, and only role and content, or from and "
             "value, can be read: rename them with a preprocess function."
         )
-    kind = formats[role, content]
+    kind = formats[str(role), str(content)]
     ours = "messages" if kind == "messages" else "conversations"
     found: dict[str, Any] = {"dataset_format": kind}
     if column != ours:

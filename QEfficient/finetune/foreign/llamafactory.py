@@ -10,7 +10,7 @@ from QEfficient.errors import OptionError
 from QEfficient.finetune.arguments import HF_NAMES
 from QEfficient.finetune.foreign import data, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
-from QEfficient.finetune.keywords import mapping, short
+from QEfficient.finetune.keywords import integer, mapping, short
 from QEfficient.finetune.settings_file import read_settings
 from QEfficient.suggest import did_you_mean
 
@@ -31,8 +31,7 @@ def _finish(reading: Reading) -> None:
         raise reading.error("stage", f"is not available: {shared.ONE_STAGE}")
     reading.options["lora_config"] = _lora(reading)
     shared.quantized(reading, "quantization_bit", reading["quantization_bit"])
-    names = reading["dataset"] or []
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    names = _listed("dataset", reading["dataset"]) or []
     reading.options.update(data.options_of([_dataset(reading, name) for name in names], reading.title))
     whole = reading["stage"] == "pt" or reading["train_on_prompt"]
     reading.put(train_on="all" if whole else "last" if reading["mask_history"] else "completion")
@@ -60,18 +59,23 @@ def _lora(reading: Reading) -> dict[str, Any] | None:
         return None
     if kind != "lora":
         raise reading.error("finetuning_type", "must be lora or full")
-    rank, targets = reading["lora_rank"], _listed(reading["lora_target"])
+    rank, targets = integer("lora_rank", reading["lora_rank"]), _listed("lora_target", reading["lora_target"])
     found = {
         "r": rank, "lora_alpha": reading["lora_alpha"] or 2 * rank, "lora_dropout": reading["lora_dropout"],
         "target_modules": "all-linear" if targets == ["all"] else targets,
-        "modules_to_save": _listed(reading["additional_target"]), "use_rslora": reading["use_rslora"],
+        "modules_to_save": _listed("additional_target", reading["additional_target"]),
+        "use_rslora": reading["use_rslora"],
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _listed(value: Any) -> list[str] | None:
-    """A list, which may be written with commas."""
-    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+def _listed(key: str, value: Any) -> list[str] | None:
+    """Names, in a list or with commas between them."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise OptionError(f"{key} must be names with commas between them, got {short(value)}.")
+    return value
 
 
 def _dataset(reading: Reading, name: str) -> dict[str, Any]:

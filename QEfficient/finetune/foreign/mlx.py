@@ -8,7 +8,7 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.finetune.foreign import data, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
-from QEfficient.finetune.keywords import mapping
+from QEfficient.finetune.keywords import choice, integer, mapping, number
 from QEfficient.finetune.settings_file import read_settings
 from QEfficient.models.hub import resolve
 
@@ -21,7 +21,7 @@ _EVERY = ("steps_per_report", "steps_per_eval", "save_every")
 
 
 def _finish(reading: Reading) -> None:
-    per_step = reading["grad_accumulation_steps"]
+    per_step = integer("grad_accumulation_steps", reading["grad_accumulation_steps"])
     # The step of micro-batches left over at the end is not done there.
     total = shared.steps(reading, "iters", per_step)
     logging, evaluating, saving = (shared.steps(reading, key, per_step) for key in _EVERY)
@@ -39,7 +39,7 @@ def _finish(reading: Reading) -> None:
 
 
 def _tuned(reading: Reading) -> None:
-    kind, last = reading["fine_tune_type"], reading["num_layers"]
+    kind, last = reading["fine_tune_type"], integer("num_layers", reading["num_layers"], minimum=-1)
     if kind not in ("lora", "full"):
         raise reading.error("fine_tune_type", "must be lora or full")
     layers = _last_layers(reading.options["model_id"], last) if last > 0 else None
@@ -48,9 +48,9 @@ def _tuned(reading: Reading) -> None:
         if layers is not None:
             reading.put(trainable=[f"*.{number}.*" for number in layers])
         return
-    rank, keys = reading["lora_parameters.rank"], reading["lora_parameters.keys"]
+    rank, keys = integer("lora_parameters.rank", reading["lora_parameters.rank"]), reading["lora_parameters.keys"]
     reading.options["lora_config"] = {
-        "r": rank, "lora_alpha": reading["lora_parameters.scale"] * rank,
+        "r": rank, "lora_alpha": number("lora_parameters.scale", reading["lora_parameters.scale"]) * rank,
         "lora_dropout": reading["lora_parameters.dropout"], "target_modules": keys or "all-linear",
         **({} if layers is None else {"layers_to_transform": layers}),
     }  # fmt: skip
@@ -65,17 +65,13 @@ def _last_layers(model: str, count: int) -> list[int] | None:
 
 
 def _optimizer(reading: Reading) -> None:
-    name = reading["optimizer"]
-    if name not in _OPTIMIZERS:
-        raise reading.error("optimizer", f"must be one of {', '.join(_OPTIMIZERS)}")
+    name = choice("optimizer", reading["optimizer"], _OPTIMIZERS)
     known = ("betas", "eps", "weight_decay", "bias_correction")
     chosen = mapping("optimizer_config", reading["optimizer_config"] or {}).get(name) or {}
     own = check_keys(mapping(f"optimizer_config.{name}", chosen), known, f"optimizer_config.{name} of mlx-lm")
     # mlx's own defaults.
     reading.put(optim=_OPTIMIZERS[name], weight_decay=own.get("weight_decay", 0.01 if name == "adamw" else 0.0))
-    if "betas" in own:
-        reading.put(adam_beta1=own["betas"][0], adam_beta2=own["betas"][1])
-    reading.put(adam_epsilon=own.get("eps"))
+    reading.put(adam_epsilon=own.get("eps"), **shared.betas(own.get("betas")))
     if name != "sgd" and not own.get("bias_correction", False):
         reading.note(f"{name} of mlx-lm leaves its moments biased unless bias_correction is set: here they never are.")
 
@@ -87,8 +83,11 @@ def _schedule(reading: Reading, total: int) -> None:
         return
     if name != "cosine_decay":
         raise reading.error("lr_schedule.name", "must be cosine_decay, or absent")
-    first, length, *end = reading["lr_schedule.arguments"]
-    warmup = reading["lr_schedule.warmup"]
+    arguments = reading["lr_schedule.arguments"]
+    if not isinstance(arguments, list) or not 2 <= len(arguments) <= 3:
+        raise reading.error("lr_schedule.arguments", "must be a list: first rate, steps, and maybe a last rate")
+    first, length, *end = arguments
+    warmup = integer("lr_schedule.warmup", reading["lr_schedule.warmup"], minimum=0)
     reading.put(learning_rate=first, warmup_steps=warmup, lr_scheduler_type="cosine")
     if end and end[0]:
         reading.put(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": end[0]})
@@ -107,6 +106,8 @@ def _data(reading: Reading) -> None:
             # Without rows of its own there is no evaluation there.
             held = (place / "valid.jsonl").is_file()
             reading.put(**({"eval_split": "valid"} if held else {"train_frac": 1.0}))
+        else:
+            reading.note("data without a split for evaluation gives a share of its rows for that: see train_frac.")
         return
     read = [_entry(reading, entry) for entry in (several if isinstance(several, list) else [several])]
     held = data.same_for_all("valid_split", [entry.pop("eval_split", None) for entry in read], reading.title)

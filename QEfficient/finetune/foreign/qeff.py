@@ -9,6 +9,7 @@ from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.finetune.foreign.tool import Reading, Tool
+from QEfficient.finetune.keywords import integer
 
 #: Its adapter, where no ``peft_config_file`` is given (``QEfficient/finetune/configs/peft_config.py`` there).
 LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
@@ -25,7 +26,8 @@ def _description(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _finish(reading: Reading) -> None:
-    given, accumulation = reading.given, int(reading["gradient_accumulation_steps"])
+    given, key = reading.given, "gradient_accumulation_steps"
+    accumulation = integer(key, reading[key])
     for older, name in (("batch_size_training", "per_device_train_batch_size"), ("task_type", "task")):
         if older in given:
             reading.options[name] = given[older]
@@ -59,12 +61,13 @@ def _lora(reading: Reading) -> Any:
         raise OptionError(f"peft_method must be 'lora', got {reading['peft_method']!r}.")
     if not reading["use_peft"]:
         return None
-    return os.fspath(reading["peft_config_file"]) if reading["peft_config_file"] else dict(LORA)
+    file = reading["peft_config_file"]
+    return (os.fspath(file) if isinstance(file, os.PathLike) else file) or dict(LORA)
 
 
 def _optimizer_steps(micro_batches: Any, accumulation: int) -> int:
     """efficient-transformers counts micro-batches."""
-    return max(1, math.ceil(int(micro_batches) / accumulation))
+    return max(1, math.ceil(integer("a number of micro-batches", micro_batches) / accumulation))
 
 
 QEFF = Tool(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.finetune.foreign.tool import Reading
+from QEfficient.finetune.keywords import integer, is_number, short
 
 #: Why a precision, an attention kernel and so on change nothing here.
 PRECISION = "the step computes in float32, or in the precision of its target"
@@ -49,7 +49,7 @@ def train_share(reading: Reading, key: str) -> None:
         OptionError: not a share, but a number of rows.
     """
     held = reading[key] or 0
-    if not isinstance(held, int | float) or not 0 <= held < 1:
+    if not is_number(held) or not 0 <= held < 1:
         raise reading.error(key, "must be a share below 1: a number of rows cannot be held out")
     reading.put(train_frac=round(1 - held, 12))
 
@@ -67,9 +67,20 @@ def steps(reading: Reading, key: str, per_step: int) -> int | None:
     count = reading[key]
     if count is None:
         return None
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise reading.error(key, "must be an integer of at least 1")
-    return max(1, math.floor(count / per_step))
+    return max(1, integer(key, count) // per_step)
+
+
+def betas(value: Any) -> dict[str, Any]:
+    """``adam_beta1`` and ``adam_beta2`` from a list of both; nothing for None.
+
+    Raises:
+        OptionError: not two of them.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, list) or len(value) != 2:
+        raise OptionError(f"betas must be two numbers, got {short(value)}.")
+    return {"adam_beta1": value[0], "adam_beta2": value[1]}
 
 
 def required(reading: Reading, *keys: str) -> None:

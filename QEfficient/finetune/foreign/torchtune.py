@@ -10,7 +10,7 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.finetune.foreign import data, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
-from QEfficient.finetune.keywords import mapping, short
+from QEfficient.finetune.keywords import integer, mapping, number, short
 
 #: Builder of data -> (its source, format of ours, whether the prompt is trained); None is said in the file.
 _BUILDERS: dict[str, tuple[str | None, str | None, bool]] = {
@@ -66,11 +66,12 @@ def _finish(reading: Reading) -> None:
     _data(reading)
     limit = reading["max_steps_per_epoch"]
     if limit is not None:
-        reading.put(max_steps=limit * reading["epochs"])
-    if reading["clip_grad_norm"] is None or math.isinf(float(reading["clip_grad_norm"])):
-        reading.put(max_grad_norm=0.0)
-    else:
-        reading.put(max_grad_norm=float(reading["clip_grad_norm"]))
+        total = integer("max_steps_per_epoch", limit) * integer("epochs", reading["epochs"])
+        reading.put(max_steps=total)
+        reading.note(f"the run has {total} steps, however few an epoch has.")
+    clip = reading["clip_grad_norm"]
+    # "inf" measures and does not clip.
+    reading.put(max_grad_norm=0.0 if clip in (None, "inf", math.inf) else number("clip_grad_norm", clip))
     reading.put(per_device_eval_batch_size=reading["batch_size"])
     every = reading["save_every_n_steps"]
     reading.put(save_strategy="steps" if every else "epoch", save_steps=every)
@@ -81,12 +82,15 @@ def _finish(reading: Reading) -> None:
 
 
 def _lora(reading: Reading) -> dict[str, Any] | None:
-    builder = reading["model._component_"].rpartition(".")[2]
+    builder = str(reading["model._component_"]).rpartition(".")[2]
     if not builder.startswith(("lora_", "qlora_")):
         return None
     if builder.startswith("qlora_") or reading["model.quantize_base"]:
         shared.quantized(reading, "model.quantize_base", 4)
-    targets = [_MODULES.get(name, name) for name in reading["model.lora_attn_modules"] or []]
+    named = reading["model.lora_attn_modules"] or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise reading.error("model.lora_attn_modules", "must be a list of names")
+    targets = [_MODULES.get(name, name) for name in named]
     targets += _MLP if reading["model.apply_lora_to_mlp"] else []
     targets += ["lm_head"] if reading["model.apply_lora_to_output"] else []
     if not targets:
@@ -108,7 +112,7 @@ def _length(reading: Reading) -> None:
 
 
 def _optimizer(reading: Reading) -> None:
-    name = reading["optimizer._component_"].rpartition(".")[2]
+    name = str(reading["optimizer._component_"]).rpartition(".")[2]
     if name not in _OPTIMIZERS:
         raise reading.error("optimizer._component_", f"must be one of {', '.join(_OPTIMIZERS)}")
     if name.endswith("8bit"):
@@ -118,13 +122,11 @@ def _optimizer(reading: Reading) -> None:
     decay = reading["optimizer.weight_decay"]
     # torch's own defaults.
     reading.put(weight_decay=(0.01 if adam else 0.0) if decay is None else decay)
-    if reading["optimizer.betas"] is not None:
-        reading.put(adam_beta1=reading["optimizer.betas"][0], adam_beta2=reading["optimizer.betas"][1])
-    reading.put(adam_epsilon=reading["optimizer.eps"])
+    reading.put(adam_epsilon=reading["optimizer.eps"], **shared.betas(reading["optimizer.betas"]))
     schedule = reading["lr_scheduler._component_"]
     if schedule is None:
         reading.put(lr_scheduler_type="constant")
-    elif schedule.endswith("get_cosine_schedule_with_warmup"):
+    elif str(schedule).endswith("get_cosine_schedule_with_warmup"):
         reading.put(lr_scheduler_type="cosine", warmup_steps=reading["lr_scheduler.num_warmup_steps"])
     else:
         raise reading.error("lr_scheduler._component_", "must be get_cosine_schedule_with_warmup, or absent")
