@@ -79,3 +79,4 @@ clean:  ## Remove the environment and caches of tools
 .PHONY: docs
 docs: $(STAMP)  ## Write the pages that are made from the code
 	$(BIN)/python -m QEfficient.finetune.option_table docs/finetuning_options.md
+	$(BIN)/python -m QEfficient.finetune.foreign.tables docs/migration.md

@@ -77,6 +77,19 @@ def finetune(
         bool,
         typer.Option("--dry-run", help="Print the resolved options, the data audit and the memory estimate, and stop."),
     ] = False,
+    from_tool: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="TOOL",
+            help="Whose file CONFIG is: axolotl, llamafactory, torchtune, mlx or qeff; usually recognised.",
+            show_default=False,
+        ),
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the options read so far as a file of ours, YAML or JSON, and stop."),
+    ] = None,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="Continue from this checkpoint.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew where the output directory holds an earlier run.")
@@ -96,14 +109,15 @@ def finetune(
     qefficient finetune ./my-model --dataset rows.jsonl --output tuned --estimate
     qefficient finetune run.yaml learning_rate=1e-4 lora_config.r=16 --dry-run
     """
-    from QEfficient.finetune.layers import overlay, read_layers, read_words
+    from QEfficient.finetune.layers import overlay, read_words
 
     model, file, rest = _first_word(list(words or []))
     if file is not None and config is not None:
         raise OptionError(f"{config} and {file} are both files of options: give one, which may name the other as base.")
     source = file or config
-    given = {} if source is None else read_layers(source)
-    given = overlay(given, read_words([*rest, *(f"--{pair}" for pair in _pairs(setting or []))]))
+    if source is None and from_tool is not None:
+        raise OptionError("--from says whose file the options are in: name the file, too.")
+    given = read_words([*rest, *(f"--{pair}" for pair in _pairs(setting or []))])
     chosen: dict[str, Any] = {
         "model_id": model, "dataset_name": dataset, "output_dir": output, "num_train_epochs": epochs,
         "max_steps": steps, "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
@@ -125,14 +139,27 @@ def finetune(
     elif rank is not None:
         given = overlay(given, {"lora_config": {"r": rank}})
     from QEfficient.finetune.config import ALIASES
+    from QEfficient.finetune.foreign.read import read_options
     from QEfficient.finetune.options import resolved_text, split_options
+    from QEfficient.finetune.settings_file import write_settings
 
-    if not any(given.get(name) for name in ("model_id", *(k for k, v in ALIASES.items() if v == "model_id"))):
+    spellings = ("model_id", *(k for k, v in ALIASES.items() if v == "model_id"))
+    notices: list[str] = []
+    if source is not None:
+        named = next((given[name] for name in spellings if given.get(name)), None)
+        read, notices = read_options(source, from_tool, named)
+        given = overlay(read, given)
+    if not any(given.get(name) for name in spellings):
         raise OptionError("name a model: qefficient finetune MODEL --dataset DATA --output DIR.")
     preset = given.pop("preset", None)
     what, how = split_options(given)
+    for notice in notices if how.process_index == 0 else ():
+        typer.echo(notice, err=True)
     if what.dataset_name is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
+    if write_config is not None:
+        typer.echo(str(write_settings(write_config, given, "fine-tuning options")))
+        return
     from QEfficient.finetune.refine import QEfficient
 
     def prepared(options: Mapping[str, Any]) -> QEfficient:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,76 +16,8 @@ from typing import Any
 from QEfficient.cli.user_errors import user_errors
 from QEfficient.cloud.arguments import CloudParser, positive, verbose
 from QEfficient.errors import OptionError
-from QEfficient.suggest import did_you_mean
-
-#: Flag -> option of `QEffConfig` or `QEffTrainingArgs` that means the same.
-SAME = {
-    "model_name": "model_id",
-    "tokenizer_name": "tokenizer_name",
-    "dataset": "dataset_name",
-    "dataset_config": "dataset_config",
-    "task_mode": "task",
-    "context_length": "max_ctx_len",
-    "custom_dataset_config": "custom_dataset_config",
-    "lr": "learning_rate",
-    "gamma": "epoch_decay",
-    "weight_decay": "weight_decay",
-    "num_epochs": "num_train_epochs",
-    "train_batch_size": "per_device_train_batch_size",
-    "val_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "recompute",
-    "output_dir": "output_dir",
-    "seed": "seed",
-}
-#: What efficient-transformers' training configuration says where a flag is not given, as far as it changes the result
-#: (QEfficient/finetune/configs/training.py and peft_config.py there).
-DEFAULTS: dict[str, Any] = {
-    "dataset": "alpaca_dataset",
-    "lr": 3e-4,
-    "gamma": 0.85,
-    "weight_decay": 0.0,
-    "num_epochs": 1,
-    "train_batch_size": 1,
-    "val_batch_size": 1,
-    "gradient_accumulation_steps": 4,
-    "seed": 42,
-    "run_validation": True,
-    "use_peft": True,
-    "intermediate_step_save": 1000,
-}
-LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
-#: Flags without a meaning here -> why; a notice, not an error.
-NO_EFFECT = {
-    "use_autocast": "the step computes in the precision of its target",
-    "grad_scaler": "the step computes in float32",
-    "use_fp16": "the host computes in float32",
-    "dump_logs": "metrics.jsonl is written in any case",
-    "save_metrics": "metrics.jsonl is written in any case",
-    "num_workers_dataloader": "batches are made from tokens that are cached",
-    "enable_sorting_for_ddp": "every rank takes its share of each batch",
-    "enable_ddp": "torchrun decides how many processes there are",
-    "log_level": "the run says what it does on stderr",
-}
-#: Flags that cannot be honoured -> what to do instead.
-REFUSED = {
-    "enable_pp": "a step is one package: leave it out",
-    "num_pp_stages": "a step is one package: leave it out",
-    "use_profiler": "leave it out; qefficient finetune --estimate states time and memory",
-    "opByOpVerifier": "leave it out; the first step is compared with torch in any case",
-    "from_peft_checkpoint": "run again with the same output_dir, which continues from its last checkpoint",
-    "num_freeze_layers": "leave it out; LoRA freezes every layer",
-    "max_eval_step": "leave it out; evaluation takes all rows, so choose fewer of them",
-    "convergence_loss": "leave it out; set num_epochs or max_train_step",
-    "convergence_counter": "leave it out; set num_epochs or max_train_step",
-}
-_OTHER = (
-    "batch_size_training", "task_type", "use_peft", "peft_method", "peft_config_file", "run_validation",
-    "max_train_step", "intermediate_step_save", "device", "save_model", "batching_strategy",
-)  # fmt: skip
-#: Older spellings.
-_RENAMED = {"batch_size_training": "train_batch_size", "task_type": "task_mode"}
-_DEVICES = {"cpu": "host", "host": "host", "qaic": "qaic"}
+from QEfficient.finetune.foreign.qeff import QEFF
+from QEfficient.finetune.foreign.tool import translate
 
 
 def main(peft_config_file: str | None = None, **flags: Any) -> dict[str, Any]:
@@ -94,7 +25,7 @@ def main(peft_config_file: str | None = None, **flags: Any) -> dict[str, Any]:
 
     Args:
         peft_config_file: YAML or JSON with options of LoRA.
-        **flags: as on the command line; see `SAME`.
+        **flags: as on the command line; see `QEfficient.finetune.foreign.qeff.QEFF`.
 
     Returns:
         ``last_epoch_train_loss``, ``last_epoch_train_metric``, ``last_epoch_eval_loss``, ``last_epoch_eval_metric``,
@@ -122,39 +53,12 @@ def options(flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: an unknown flag, one that cannot be honoured, or no model.
     """
-    known = [*SAME, *_OTHER, *NO_EFFECT, *REFUSED]
-    given: dict[str, Any] = {}
-    for name, value in flags.items():
-        if name not in known:
-            raise OptionError(f"there is no flag {name!r}.{did_you_mean(name, known)}")
-        if value is None:
-            continue
-        if name in REFUSED and value:
-            raise OptionError(f"{name} is not available: {REFUSED[name]}.")
-        if name in NO_EFFECT:
-            warnings.warn(f"{name} has no effect: {NO_EFFECT[name]}.", stacklevel=2)
-        given[_RENAMED.get(name, name)] = value
-    if not given.get("model_name"):
+    reading = translate(QEFF, flags)
+    for notice in reading.notices:
+        warnings.warn(notice, stacklevel=2)
+    if not reading.options.get("model_id"):
         raise OptionError("name a model with model_name: a directory or a hub id.")
-    given = {**DEFAULTS, **given}
-    found = {SAME[name]: value for name, value in given.items() if name in SAME}
-    found["target"] = _target(given.get("device", "cpu"))
-    found["lora_config"] = _lora(given)
-    found["save_strategy"] = "no"
-    if given.get("save_model", True):
-        found["save_strategy"] = "steps"
-        found["save_steps"] = _optimizer_steps(given["intermediate_step_save"], given)
-    if given.get("max_train_step"):
-        found["max_steps"] = _optimizer_steps(given["max_train_step"], given)
-    if given["run_validation"]:
-        found["eval_strategy"] = "epoch"
-    else:
-        found["train_frac"] = 1.0
-    if given.get("batching_strategy") not in (None, "packing", "padding"):
-        raise OptionError(f"batching_strategy must be 'packing' or 'padding', got {given['batching_strategy']!r}.")
-    if given.get("batching_strategy") == "packing":
-        found["packing"] = True
-    return found
+    return reading.options
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -177,13 +81,15 @@ def _parser() -> CloudParser:
     kinds |= dict.fromkeys(counts, positive) | dict.fromkeys(("seed", "max_train_step", "max_eval_step"), int)
     switches = (
         "use_peft", "run_validation", "gradient_checkpointing", "save_model", "enable_pp", "use_profiler",
-        "opByOpVerifier", *(name for name in NO_EFFECT if name not in ("num_workers_dataloader", "log_level")),
+        "opByOpVerifier", *(name for name in QEFF.no_effect if name not in ("num_workers_dataloader", "log_level")),
     )  # fmt: skip
-    helps = {**NO_EFFECT, **{name: f"not available: {text}" for name, text in REFUSED.items()}}
-    for name in dict.fromkeys([*SAME, *_OTHER, *NO_EFFECT, *REFUSED]):
-        text = helps.get(name) or (f"{SAME[name]} of qefficient finetune" if name in SAME else None)
-        if name in DEFAULTS:
-            text = f"{text or name.replace('_', ' ')} (default: {DEFAULTS[name]})"
+    refused = {name: f"not available: {text}" for name, text in QEFF.refused.items()}
+    same = {name: f"{option} of qefficient finetune" for name, option in QEFF.same.items()}
+    helps = {**same, **QEFF.no_effect, **refused}
+    for name in QEFF.keys:
+        text = helps.get(name)
+        if name in QEFF.defaults:
+            text = f"{text or name.replace('_', ' ')} (default: {QEFF.defaults[name]})"
         flag = "--" + name.replace("_", "-")
         if name in switches:
             parser.add_argument(flag, nargs="?", const=True, type=_truth, help=text)
@@ -199,26 +105,6 @@ def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1")
-
-
-def _target(device: str) -> str:
-    kind = str(device).partition(":")[0]
-    if kind not in _DEVICES:
-        raise OptionError(f"device must be one of {', '.join(_DEVICES)}, got {device!r}: the step runs on a target.")
-    return _DEVICES[kind]
-
-
-def _lora(given: Mapping[str, Any]) -> Any:
-    if given.get("peft_method", "lora") != "lora":
-        raise OptionError(f"peft_method must be 'lora', got {given['peft_method']!r}.")
-    if not given["use_peft"]:
-        return None
-    return os.fspath(given["peft_config_file"]) if given.get("peft_config_file") else dict(LORA)
-
-
-def _optimizer_steps(micro_batches: int, given: Mapping[str, Any]) -> int:
-    """efficient-transformers counts micro-batches."""
-    return max(1, math.ceil(int(micro_batches) / int(given["gradient_accumulation_steps"])))
 
 
 def _measured(trainer: Any, how: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from QEfficient.finetune.methods.build import completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
+from QEfficient.finetune.ranks import LOCK, shared_checkpoints
 from QEfficient.finetune.reference import reference_model
 from QEfficient.finetune.settings_file import write_settings
 from QEfficient.finetune.trainer import QEffTrainer
@@ -110,7 +111,8 @@ class QEfficient:
         self.args = chosen
         # Earlier parts, as generate() makes them, may be for other arguments, and their tensors may be trained already.
         self.model_manager, self.data_manager = None, None
-        tell = say if say is not None and chosen.should_log else (_print if chosen.should_log else _quiet)
+        # Not should_log: that is one process of every host.
+        tell = (say or _print) if chosen.process_index == 0 else _quiet
         output = Path(str(chosen.output_dir))
         resolve(self.transforms)  # what cannot be loaded is said before the data is read
         self._prepare_output(output, chosen)
@@ -137,7 +139,7 @@ class QEfficient:
             head = "a new head" if classes.new_head else "the checkpoint's head"
             what = "a score" if data.label_names is None else f"{len(classes.names)} classes"
             tell(f"{what} on {head}: {', '.join(classes.names[:20])}")
-        earlier, asked = checkpoints(output), chosen.resume_from_checkpoint
+        earlier, asked = shared_checkpoints(output), chosen.resume_from_checkpoint
         identity: dict[str, Any] = {}
         if not chosen.dry_run:
             # Before anything is compiled or written: a directory of another run stays as it is.
@@ -336,7 +338,7 @@ class QEfficient:
 @contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
     """Holds the output directory; raises OptionError when another run does."""
-    lock = FileLock(output / ".lock")
+    lock = FileLock(output / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:

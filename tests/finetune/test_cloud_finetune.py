@@ -29,11 +29,6 @@ def flags(tiny_checkpoint, rows_file, tmp_path):
     }
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QEFF_HOME", str(tmp_path_factory.getbasetemp() / "cloud-home"))
-
-
 def test_defaults_are_theirs():
     found = finetune.options({"model_name": "m"})
     assert found == {

@@ -13,7 +13,7 @@ import transformers
 from tiny_models import tiny_causal_lm
 
 from QEfficient.errors import OptionError
-from QEfficient.finetune import QEffConfig, QEffTrainingArgs, QEffTrainingArguments
+from QEfficient.finetune import QEffConfig, QEffTrainingArgs, QEffTrainingArguments, arguments, config, lora
 
 
 def test_configuring_needs_no_torch():
@@ -35,11 +35,60 @@ def test_defaults_are_the_documented_ones():
     assert (config.train_on, config.dataset_format, config.packing) == ("completion", "auto", False)
 
 
-@pytest.mark.parametrize("name", ["model_id", "model_name", "model_name_or_path", "base_model"])
-def test_model_aliases(name):
-    assert (
-        QEffConfig(**{name: "some/model", "dataset": "d.jsonl", "cutoff_len": 64}).to_dict()["model_id"] == "some/model"
-    )
+#: Option -> two values it can have, for every option that has another name.
+VALUES = {
+    "model_id": ("some/model", "other/model"),
+    "dataset_name": ("a.jsonl", "b.jsonl"),
+    "max_ctx_len": (64, 128),
+    "lora_config": ({"r": 4, "target_modules": "all-linear"}, {"r": 2, "target_modules": "all-linear"}),
+    "dataset_config": ("en", "de"),
+    "sample_size": (3, 4),
+    "columns": ({"prompt": "q"}, {"prompt": "question"}),
+    "per_device_train_batch_size": (2, 4),
+    "per_device_eval_batch_size": (2, 4),
+    "num_train_epochs": (2, 5.0),
+    "learning_rate": (1e-3, 1e-4),
+    "epoch_decay": (0.5, 0.9),
+    "optim": ("sgd", "adamw_torch"),
+    "lr_scheduler_type": ("cosine", "constant"),
+    "eval_strategy": ("epoch", "steps"),
+    "use_cpu": (True, False),
+    "activation_checkpointing_kwargs": ({"use_reentrant": True}, {"use_reentrant": False}),
+    "train_sampling_strategy": ("sequential", "group_by_length"),
+    "validate": (False, True),
+}
+
+
+ALIASED = ((QEffConfig, config.ALIASES), (QEffTrainingArgs, arguments.ALIASES))
+#: transformers keeps it as a field that mirrors the new name, so that in a copy the new name decides.
+MIRROR = "gradient_checkpointing_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("cls", "alias", "name"), [(cls, *pair) for cls, aliases in ALIASED for pair in aliases.items()]
+)
+def test_every_alias(cls, alias, name):
+    """It sets the option, and saves under the option's name; a second value for the same option is an error."""
+    more = {"model_id": "some/model"} if cls is QEffConfig and name != "model_id" else {}
+    one, other = VALUES[name]
+    by_alias, by_name = cls(**more, **{alias: one}), cls(**more, **{name: one})
+    assert getattr(by_alias, name) == one != getattr(cls(**more, **{name: other}), name)
+    saved, expected = by_alias.to_dict(), by_name.to_dict()
+    if alias == "batch_size":  # the only one that means more than its name
+        assert saved.pop("per_device_eval_batch_size") == one
+        expected.pop("per_device_eval_batch_size")
+    assert saved == expected
+    assert alias not in saved or alias == MIRROR
+    assert cls(**more, **{alias: one, name: one}).to_dict()[name] == one
+    for first, second in ((alias, name), (name, alias)):
+        both = {**more, first: one, second: other}
+        if alias == MIRROR:
+            assert getattr(cls(**both), name) == both[name]
+            continue
+        with pytest.raises(OptionError, match="contradicts") as caught:
+            cls(**both)
+        assert f"{alias}=" in str(caught.value)
+        assert f"{name}=" in str(caught.value)
 
 
 def test_an_alias_may_repeat_but_not_contradict():
@@ -105,6 +154,20 @@ def test_lora_from_a_dict_of_another_tool_equals_pefts_own():
     config = QEffConfig("m", "d", lora_config={"lora_rank": 4, "alpha": 16, "lora_target": ["q_proj"], "dropout": 0})
     expected = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"])
     assert peft.LoraConfig(**config.peft_options()).to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(("alias", "name"), lora.LORA_ALIASES.items())
+def test_every_alias_of_lora(alias, name):
+    values = {
+        "r": (4, 2),
+        "lora_alpha": (16, 8),
+        "lora_dropout": (0.0, 0.1),
+        "target_modules": (["q_proj"], ["v_proj"]),
+    }
+    one, other = values[name]
+    assert lora.read_lora({alias: one}) == lora.read_lora({name: one}) != lora.read_lora({name: other})
+    with pytest.raises(OptionError, match=f"{name}=.* contradicts {alias}="):
+        lora.read_lora({alias: one, name: other})
 
 
 def test_lora_from_a_peft_object_and_from_pefts_own_file(tmp_path):

@@ -1,0 +1,242 @@
+"""Files of LLaMA-Factory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import OptionError
+from QEfficient.finetune.arguments import HF_NAMES
+from QEfficient.finetune.foreign import data, shared
+from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
+from QEfficient.finetune.keywords import integer, mapping, short
+from QEfficient.finetune.settings_file import read_settings
+from QEfficient.suggest import did_you_mean
+
+_ENTRY = (
+    "file_name", "hf_hub_url", "formatting", "columns", "tags", "subset", "split", "num_samples", "ranking", "folder",
+)  # fmt: skip
+#: Its names of columns -> ours, for rows of instructions.
+_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
+_TAGS = {"role_tag": "from", "content_tag": "value"}
+_ROLES = {
+    "user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call", "function_call"), "system_tag": ("system", "system"),
+}  # fmt: skip
+
+
+def _finish(reading: Reading) -> None:
+    if reading["stage"] not in ("sft", "pt"):
+        raise reading.error("stage", f"is not available: {shared.ONE_STAGE}")
+    reading.options["lora_config"] = _lora(reading)
+    shared.quantized(reading, "quantization_bit", reading["quantization_bit"])
+    names = _listed("dataset", reading["dataset"]) or []
+    reading.options.update(data.options_of([_dataset(reading, name) for name in names], reading.title))
+    whole = reading["stage"] == "pt" or reading["train_on_prompt"]
+    reading.put(train_on="all" if whole else "last" if reading["mask_history"] else "completion")
+    shared.train_share(reading, "val_size")
+    # Both parts of a row lose tokens there, the longer one more.
+    reading.put(truncation="cut_answer")
+    shared.template_notice(reading, "template", reading["template"])
+    shared.optimizer(reading, "optim")
+    if reading["packing"] or reading["neat_packing"]:
+        reading.put(packing=True)
+    if reading["packing"] and not reading["neat_packing"]:
+        reading.note("packed rows do not see each other, as with neat_packing.")
+    if reading["max_samples"] is not None:
+        reading.put(sample_size=reading["max_samples"])
+        reading.note("max_samples draws rows by seed: LLaMA-Factory takes the first ones.")
+    if reading["disable_shuffling"]:
+        reading.put(train_sampling_strategy="sequential")
+    if reading["eval_dataset"] is not None:
+        raise reading.error("eval_dataset", "cannot be read: set val_size, or put both into one directory")
+
+
+def _lora(reading: Reading) -> dict[str, Any] | None:
+    kind = reading["finetuning_type"]
+    if kind == "full":
+        return None
+    if kind != "lora":
+        raise reading.error("finetuning_type", "must be lora or full")
+    rank, targets = integer("lora_rank", reading["lora_rank"]), _listed("lora_target", reading["lora_target"])
+    found = {
+        "r": rank, "lora_alpha": reading["lora_alpha"] or 2 * rank, "lora_dropout": reading["lora_dropout"],
+        "target_modules": "all-linear" if targets == ["all"] else targets,
+        "modules_to_save": _listed("additional_target", reading["additional_target"]),
+        "use_rslora": reading["use_rslora"],
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _listed(key: str, value: Any) -> list[str] | None:
+    """Names, in a list or with commas between them."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise OptionError(f"{key} must be names with commas between them, got {short(value)}.")
+    return value
+
+
+def _dataset(reading: Reading, name: str) -> dict[str, Any]:
+    """One entry of ``dataset_info.json``."""
+    folder = Path(str(reading["dataset_dir"]))
+    if str(folder) == "ONLINE":
+        return {"dataset_name": name}
+    registry = folder / "dataset_info.json"
+    known = read_settings(registry, "data sets of LLaMA-Factory")
+    if name not in known:
+        raise OptionError(f"{registry} has no data set {name!r}.{did_you_mean(name, known)}")
+    what = f"the data set {name} in {registry}"
+    given = check_keys(mapping(what, known[name]), _ENTRY, what)
+    if given.get("ranking"):
+        raise OptionError(f"{what} has ranked answers: {shared.ONE_STAGE}.")
+    path = given.get("hf_hub_url")
+    if path is None:
+        path = str(folder / str(given.get("file_name", name)))
+    found = {
+        "dataset_name": data.source(path, None, reading.title),
+        "dataset_config": given.get("subset"),
+        "train_split": data.split(given.get("split"), "split"),
+        "sample_size": given.get("num_samples"),
+        **_columns(reading, given, what),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _columns(reading: Reading, given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    columns, tags = (mapping(f"{part} of {what}", given.get(part, {})) for part in ("columns", "tags"))
+    kind = given.get("formatting", "alpaca")
+    if reading["stage"] == "pt":
+        return {"dataset_format": "text", "columns": data.renamed({"text": columns.get("prompt", "text")})}
+    if kind == "alpaca":
+        check_keys(columns, _COLUMNS, f"columns of {what}")
+        named = data.renamed({ours: columns.get(theirs) for theirs, ours in _COLUMNS.items()})
+        return {"dataset_format": "alpaca", "columns": named}
+    if kind not in ("sharegpt", "openai"):
+        raise OptionError(f"formatting={short(kind)} of {what} must be alpaca, sharegpt or openai.")
+    check_keys(columns, ("messages", "system", "tools"), f"columns of {what}")
+    check_keys(tags, (*_TAGS, *_ROLES), f"tags of {what}")
+    openai = kind == "openai"
+    defaults = {"role_tag": "role", "content_tag": "content"} if openai else _TAGS
+    data.check_roles({tags[tag]: role for tag, (_, role) in _ROLES.items() if tag in tags}, reading.title)
+    keys = {**defaults, **tags}
+    found = data.conversations(
+        columns.get("messages", "messages" if openai else "conversations"),
+        keys["role_tag"], keys["content_tag"], reading.title,
+    )  # fmt: skip
+    more = data.renamed({name: columns.get(name) for name in ("system", "tools")})
+    return found if more is None else {**found, "columns": {**found.get("columns", {}), **more}}
+
+
+_NO_EFFECT = {
+    **dict.fromkeys(
+        ("bf16", "fp16", "pure_bf16", "fp8", "bf16_full_eval", "fp16_full_eval", "tf32", "upcast_layernorm",
+         "upcast_lmhead_output", "infer_dtype"), shared.PRECISION),
+    **dict.fromkeys(
+        ("flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_liger_kernel", "torch_compile",
+         "torch_compile_backend", "torch_compile_mode", "use_kv_cache", "use_reentrant_gc",
+         "disable_gradient_checkpointing"), shared.KERNELS),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "ddp_find_unused_parameters", "local_rank"),
+        shared.SHARDING),
+    **dict.fromkeys(
+        ("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "dataloader_num_workers",
+         "tokenized_path", "data_shared_file_system", "cache_dir", "buffer_size"), shared.CACHED),
+    **dict.fromkeys(
+        ("use_swanlab", "swanlab_project", "swanlab_run_name", "swanlab_mode", "include_num_input_tokens_seen",
+         "include_effective_tokens_per_second", "compute_accuracy", "print_param_status"), shared.SERVICES),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hf_hub_token"), shared.OFFLINE),
+    **dict.fromkeys(("low_cpu_mem_usage", "device_map", "double_quantization", "quantization_type",
+                     "quantization_method"), shared.DEVICES),
+    **dict.fromkeys(("do_train", "do_eval", "predict_with_generate"),
+                    "a run trains, and evaluates where there are rows for it"),
+    **dict.fromkeys(("use_fast_tokenizer", "tool_format"), "the checkpoint's tokenizer says how"),
+    "enable_thinking": "the chat template decides what it shows",
+    "neftune_noise_alpha": "a compiled step adds no noise",
+    "eval_on_each_dataset": "there is one evaluation",
+}  # fmt: skip
+_REFUSED = {
+    **dict.fromkeys(
+        ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_llama_pro"),
+        "choose one of transformers' own optimizers with optim"),
+    **dict.fromkeys(("use_dora", "pissa_init"), "only plain LoRA can be trained"),
+    **dict.fromkeys(("ref_model", "reward_model", "pref_ftx"), shared.ONE_STAGE),
+    **dict.fromkeys(("rope_scaling", "shift_attn", "mixture_of_depths"),
+                    "set it in the checkpoint's own configuration"),
+    **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens"),
+                    "add tokens to the tokenizer and the model first"),
+    "adapter_name_or_path": "a run starts from the base model; merge the adapter first",
+    "loraplus_lr_ratio": "all trained tensors have one learning rate",
+    "streaming": "rows are read whole",
+    "interleave_probs": "give the data sets weights in a file of ours",
+    "model_revision": "download that revision and name its directory",
+    "auto_find_batch_size": "set per_device_train_batch_size",
+    "label_smoothing_factor": "the step returns the log-probability of the labels only",
+    "use_dft_loss": "the loss is cross entropy",
+}  # fmt: skip
+_HANDLED = {
+    "dataset": "the data options, by `dataset_info.json`",
+    "dataset_dir": "where `dataset_info.json` is",
+    "eval_dataset": "an error that names `val_size`",
+    "stage": "`sft`, and `pt`: `train_on=all`",
+    "finetuning_type": "`lora_config`; `full` is none",
+    **{key: f"`lora_config.{name}`" for key, name in {
+        "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target": "target_modules",
+        "additional_target": "modules_to_save", "use_rslora": "use_rslora",
+    }.items()},
+    "quantization_bit": "`base_weights`",
+    **dict.fromkeys(("train_on_prompt", "mask_history"), "`train_on`"),
+    "val_size": "`train_frac`; a share",
+    "template": "`chat_template`; `chatml` and the tokenizer's own",
+    "optim": "`optim`; those with a state of 8 bits keep it in 32",
+    **dict.fromkeys(("packing", "neat_packing"), "`packing`"),
+    "max_samples": "`sample_size`",
+    "disable_shuffling": "`train_sampling_strategy=sequential`",
+}  # fmt: skip
+#: Hugging Face's own names, of this version of transformers and of older ones, mean the same here.
+_HUGGING_FACE = ("warmup_ratio", "group_by_length", "evaluation_strategy", "gradient_checkpointing", *HF_NAMES)
+
+LLAMA_FACTORY = Tool(
+    name="llamafactory",
+    title="LLaMA-Factory",
+    version="0.9.6.dev0 (ff6d4d1)",
+    marks=frozenset(
+        ["finetuning_type", "stage", "template", "dataset_dir", "lora_target", "lora_rank", "quantization_bit",
+         "preprocessing_num_workers", "overwrite_cache", "plot_loss", "val_size", "flash_attn", "pure_bf16"]
+    ),
+    same={
+        "model_name_or_path": "model_id",
+        "trust_remote_code": "trust_remote_code",
+        "cutoff_len": "max_ctx_len",
+        "default_system": "system_prompt",
+        "early_stopping_steps": "early_stopping_patience",
+        "overwrite_output_dir": "overwrite_output_dir",
+        "plot_loss": "plot",
+        **{name: name for name in _HUGGING_FACE if name not in {**_HANDLED, **_NO_EFFECT, **_REFUSED}},
+    },
+    handled=_HANDLED,
+    # src/llamafactory/hparams there; the rest are defaults of transformers.TrainingArguments.
+    defaults={
+        "cutoff_len": 2048,
+        "stage": "sft",
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_dropout": 0.0,
+        "lora_target": "all",
+        "dataset_dir": "data",
+        "val_size": 0.0,
+        "learning_rate": 5e-5,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "seed": 42,
+    },
+    no_effect=_NO_EFFECT,
+    refused=_REFUSED,
+    finish=_finish,
+)  # fmt: skip
