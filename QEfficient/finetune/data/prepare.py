@@ -19,8 +19,9 @@ from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
 from QEfficient.finetune.data.files import Rows, Unreadable
 from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
-from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row, usual_names
-from QEfficient.finetune.data.sources import Source, columns_of
+from QEfficient.finetune.data.formats import Renamer, pairs_in, read_row
+from QEfficient.finetune.data.recognise import recognise
+from QEfficient.finetune.data.sources import Source
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.progress import Progress
 
@@ -93,17 +94,8 @@ class Preparation:
 
     def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
         self.config, self.tokenizer, self.source = config, tokenizer, source
-        if isinstance(source.train, list) and all(isinstance(row, Unreadable) for row in source.train):
-            raise InputError(f"No row of {source.name} can be read, the first: {source.train[0].why}")
-        self._renamer = Renamer(config.columns, columns_of(source.train))
-        self._names_of_rows = self._renamer.names
-        if config.dataset_format == "auto" and isinstance(source.train, list):  # others have the same columns anyway
-            rows = (self._renamer(row) for row in source.train if not isinstance(row, Unreadable))
-            if config.on_bad_row == "skip":
-                self._names_of_rows = usual_names(rows)
-            else:
-                check_one_format(rows)
-        self.format = detect(self._names_of_rows, config.task, config.dataset_format)
+        found = recognise(config, source.train, source.name)
+        self._renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())
         self._augmentations = read_augmentations(config.augment or ())
