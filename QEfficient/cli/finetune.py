@@ -131,7 +131,7 @@ def finetune(
         raise OptionError("name a model: qefficient finetune MODEL --dataset DATA --output DIR.")
     preset = given.pop("preset", None)
     what, how = split_options(given)
-    if what.dataset_name is None:
+    if what.dataset_name is None and what.datasets is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
     from QEfficient.finetune.refine import QEfficient
 

@@ -14,6 +14,7 @@ from QEfficient.errors import OptionError
 from QEfficient.finetune.data.augment import read_augmentations
 from QEfficient.finetune.data.database import is_database, without_password
 from QEfficient.finetune.data.filters import read_filters
+from QEfficient.finetune.data.mixture import check_mixture, read_sources
 from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.steps import as_specs
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
@@ -38,6 +39,7 @@ ALIASES = {
     **dict.fromkeys(("subset", "config_name"), "dataset_config"),
     **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
+    "mix_strategy": "mixing",
 }
 
 #: Options that are a text or None.
@@ -64,7 +66,15 @@ class QEffConfig:
         model_id: hub id or directory of the base model.
         dataset_name: ``"sample"`` (bundled), ``gsm8k``, ``alpaca``, ``imdb``, ``grammar``, ``custom_dataset``, a name
             given to `register_dataset`, a file (json, jsonl, csv, tsv, parquet, arrow, txt), a directory, a hub
-            id, a list of dicts or a ``datasets`` object; None only with a custom dataset class.
+            id, a list of dicts or a ``datasets`` object; None only with a custom dataset class or with ``datasets``.
+        datasets: several sources instead of one: a list of names, files, … or of mappings with ``dataset_name`` (or
+            ``path``), ``weight`` and options that this source has of its own (``dataset_config``, ``train_split``,
+            ``columns``, ``dataset_format``, ``filters``, ``preprocess``, ``system_prompt``, ``sample_size``, …).
+        mixing: how many rows a mixture has: ``"exhaust"`` (the default) the most that repeat no row, ``"upsample"`` the
+            least that leave none out.
+        mixing_temperature: without weights, shares are in proportion to ``size ** (1 / mixing_temperature)``; None
+            means 1, which is all rows of all sources.
+        mixing_rows: training rows of the mixture, instead of what ``mixing`` makes of the weights.
         train_frac: share of the rows that is trained on when the source has no evaluation split; 1.0 = no
             evaluation rows.
         lora_config: dict with peft's keys, ``peft.LoraConfig``, path of a YAML or JSON file, or None for full
@@ -107,6 +117,10 @@ class QEffConfig:
 
     model_id: str = ""
     dataset_name: Any = None
+    datasets: tuple[dict[str, Any], ...] | None = None
+    mixing: str | None = None
+    mixing_temperature: float | None = None
+    mixing_rows: int | None = None
     train_frac: float = 0.85
     lora_config: dict[str, Any] | None = field(default_factory=lambda: dict(DEFAULT_LORA))
     max_ctx_len: int = 512
@@ -180,6 +194,9 @@ class QEffConfig:
         if self.packing and self.task != "generation":
             raise OptionError(f"packing is for task='generation' and not for {self.task!r}: leave it out.")
         self._check_trainable()
+        if self.datasets is not None:
+            put("datasets", read_sources(self.datasets, ALIASES))
+        put("mixing", check_mixture(self))
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS
@@ -257,10 +274,9 @@ class QEffConfig:
         """Every option under its canonical name, as plain JSON values; data in memory becomes a description, and a
         password in a database URL ``***``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if values["dataset_name"] is not None and not isinstance(values["dataset_name"], str):
-            values["dataset_name"] = describe_memory(values["dataset_name"])
-        elif values["dataset_name"] is not None and is_database(values["dataset_name"]):
-            values["dataset_name"] = without_password(values["dataset_name"])
+        values["dataset_name"] = _shown(self.dataset_name)
+        if self.datasets is not None:
+            values["datasets"] = [{**item, "dataset_name": _shown(item["dataset_name"])} for item in self.datasets]
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
@@ -271,11 +287,12 @@ class QEffConfig:
             OptionError: the file is missing or malformed, or its values are.
         """
         values = read_settings(os.fspath(path), "a configuration")
-        source = values.get("dataset_name")
-        if isinstance(source, str) and source.startswith(_IN_MEMORY):
-            raise OptionError(
-                f"{os.fspath(path)} was saved from data in memory ({source}): set dataset_name to a file."
-            )
+        listed = [item.get("dataset_name") for item in values.get("datasets") or () if isinstance(item, Mapping)]
+        for source in [values.get("dataset_name"), *listed]:
+            if isinstance(source, str) and source.startswith(_IN_MEMORY):
+                raise OptionError(
+                    f"{os.fspath(path)} was saved from data in memory ({source}): set dataset_name to a file."
+                )
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -290,6 +307,13 @@ def describe_memory(data: Any) -> str:
     """What stands for a dataset object in a saved configuration."""
     rows = f", {len(data)} rows" if hasattr(data, "__len__") and not isinstance(data, Mapping) else ""
     return f"{_IN_MEMORY}{type(data).__name__}{rows}>"
+
+
+def _shown(data: Any) -> Any:
+    """``dataset_name`` as a saved configuration has it."""
+    if data is not None and not isinstance(data, str):
+        return describe_memory(data)
+    return without_password(data) if data is not None and is_database(data) else data
 
 
 def _path_text(value: Any) -> Any:

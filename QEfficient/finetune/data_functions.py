@@ -15,7 +15,6 @@ from QEfficient.finetune.data.collate import Batch, collate
 from QEfficient.finetune.data.device_loader import DeviceLoader
 from QEfficient.finetune.data.loader import BatchLoader
 from QEfficient.finetune.data.sources import EVAL_NAMES, TRAIN_NAMES
-from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.dataset_config import DatasetConfig
 from QEfficient.finetune.keywords import boolean, integer, short
@@ -26,6 +25,7 @@ from QEfficient.targets.registry import get_target
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from QEfficient.finetune.data.mixing import SingleRows
     from QEfficient.finetune.data.packing import PackedRows
 
 #: Names of a device that torch itself computes on.
@@ -37,7 +37,7 @@ def get_preprocessed_dataset(
     dataset_config: DatasetConfig,
     split: str = "train",
     context_length: int | None = None,
-) -> TokenRows | PackedRows:
+) -> SingleRows | PackedRows:
     """The rows of one split, tokenized and labelled; read from the cache when they were before.
 
     Args:
@@ -57,7 +57,7 @@ def get_preprocessed_dataset(
     return rows
 
 
-def get_longest_seq_length(data: TokenRows | PackedRows) -> tuple[int, int]:
+def get_longest_seq_length(data: SingleRows | PackedRows) -> tuple[int, int]:
     """(tokens of the longest row, its index), from preprocessed rows."""
     index = int(np.argmax(data.lengths))
     return int(data.lengths[index]), index
@@ -189,7 +189,7 @@ def device_aware_data_loading(
 
 def _prepared(
     tokenizer: PreTrainedTokenizerBase, dataset_config: DatasetConfig, split: str, context_length: int | None
-) -> tuple[TokenRows | PackedRows, QEffDataManager]:
+) -> tuple[SingleRows | PackedRows, QEffDataManager]:
     settings = custom_settings(dataset_config.own)
     if split not in (*TRAIN_NAMES, *EVAL_NAMES, settings.train_split, settings.test_split):
         raise OptionError(

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from QEfficient.errors import InputError
+from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data import collate as collating
+from QEfficient.finetune.data import loader as loading
 from QEfficient.finetune.data.audit import LabelAudit
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.chat import with_template
@@ -22,10 +23,12 @@ from QEfficient.finetune.data.examples import Conversation, Exchange
 from QEfficient.finetune.data.files import Rows
 from QEfficient.finetune.data.load import load_rows
 from QEfficient.finetune.data.loader import BatchLoader
+from QEfficient.finetune.data.mixed import Prepared, mixed
+from QEfficient.finetune.data.mixing import MixedRows, SingleRows
+from QEfficient.finetune.data.mixture import naming, source_config
 from QEfficient.finetune.data.packing import PackedRows
 from QEfficient.finetune.data.prepare import Preparation
 from QEfficient.finetune.data.sources import Source
-from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data.tokens import TextEncoder
 from QEfficient.progress import Progress, silent
 from QEfficient.store.digest import json_digest
@@ -103,7 +106,7 @@ class QEffDataManager:
                 return int(found)
         return 0
 
-    def prepare_dataset(self, progress: Progress = silent) -> tuple[TokenRows | PackedRows, TokenRows | None]:
+    def prepare_dataset(self, progress: Progress = silent) -> tuple[SingleRows | PackedRows, SingleRows | None]:
         """Loads, splits, encodes and audits the data; the second call with the same content reads the cache.
 
         Returns:
@@ -117,8 +120,46 @@ class QEffDataManager:
                 template.
         """
         progress("reading data", 0, 0)
-        source = load_rows(self.config, self.tokenizer, self._custom)
-        preparation = Preparation(self.config, self.tokenizer, source)
+        train: SingleRows
+        evaluation: SingleRows | None
+        if self.config.datasets is None:
+            found = self._prepared(self.config, progress)
+            train, evaluation, audit = found.train, found.evaluation, found.audit
+            self._fingerprint, self._joiner = found.key, found.joiner
+        else:
+            train, evaluation, audit = self._mixed(progress)
+        audit.notes = [*self.notes, *audit.notes]
+        self.label_names = audit.classes
+        self.audit = audit
+        if not self.config.packing:
+            return train, evaluation
+        packed = PackedRows(train, self.config.max_ctx_len)
+        audit.splits["train"].packed_rows = len(packed)
+        return packed, evaluation
+
+    def _mixed(self, progress: Progress) -> tuple[MixedRows, MixedRows | None, LabelAudit]:
+        """The rows of all ``datasets``; every source is prepared, and cached, by itself."""
+        config = self.config
+        assert config.datasets is not None
+        if self._custom is not None:
+            raise OptionError("datasets lists the sources, so a custom dataset class has no place: give one of them.")
+        sources = []
+        for place in range(len(config.datasets)):
+            with naming(place):
+                sources.append(self._prepared(source_config(config, place), progress))
+        found = mixed(sources, config)
+        weights = [item.get("weight") for item in config.datasets]
+        how = [weights, config.mixing, config.mixing_temperature, config.mixing_rows, config.seed]
+        self._fingerprint = json_digest({"sources": [source.key for source in sources], "mixing": how})
+        self._joiner = sources[0].joiner
+        if not getattr(self.tokenizer, "chat_template", None) and len({source.joiner for source in sources}) > 1:
+            found[2].notes.append("the sources join prompt and answer differently: generate asks as the first does.")
+        return found
+
+    def _prepared(self, config: QEffConfig, progress: Progress) -> Prepared:
+        """One source, from the cache where it was prepared before."""
+        source = load_rows(config, self.tokenizer, self._custom)
+        preparation = Preparation(config, self.tokenizer, source)
         key = self._key(source, preparation)
         store = ArtifactStore(cache_home(self._home))
 
@@ -127,17 +168,7 @@ class QEffDataManager:
             preparation.save(directory)
 
         found = store.build(KIND, key, build, label=f"tokenized data of {source.name}")
-        self._fingerprint = key
-        train, evaluation, audit = Preparation.load(found)
-        audit.notes = [*self.notes, *audit.notes]
-        self.label_names = audit.classes
-        self._joiner = preparation.joiner
-        self.audit = audit
-        if not self.config.packing:
-            return train, evaluation
-        packed = PackedRows(train, self.config.max_ctx_len)
-        audit.splits["train"].packed_rows = len(packed)
-        return packed, evaluation
+        return Prepared(*Preparation.load(found), key, preparation.joiner)
 
     def _key(self, source: Source, preparation: Preparation) -> str:
         import tokenizers
@@ -157,7 +188,7 @@ class QEffDataManager:
 
     def get_dataloader(
         self,
-        dataset: TokenRows | PackedRows,
+        dataset: loading.Rows,
         batch_size: int,
         shuffle: bool = True,
         *,
