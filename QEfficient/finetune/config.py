@@ -17,6 +17,7 @@ from QEfficient.finetune.data.filters import read_filters
 from QEfficient.finetune.data.mixture import check_mixture, read_sources
 from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.steps import as_specs
+from QEfficient.finetune.data.stream_options import check_stream, check_stream_run
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
 from QEfficient.finetune.settings_file import read_mapping, read_settings, write_settings
@@ -40,6 +41,7 @@ ALIASES = {
     **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
     "mix_strategy": "mixing",
+    "buffer_size": "shuffle_buffer_size",
 }
 
 #: Options that are a text or None.
@@ -75,6 +77,10 @@ class QEffConfig:
         mixing_temperature: without weights, shares are in proportion to ``size ** (1 / mixing_temperature)``; None
             means 1, which is all rows of all sources.
         mixing_rows: training rows of the mixture, instead of what ``mixing`` makes of the weights.
+        streaming: read, tokenize and shuffle rows while training, for data larger than memory; needs ``max_steps``.
+        shuffle_buffer_size: rows of a stream that are shuffled together; None means 10,000.
+        eval_rows: evaluation rows of a stream: so many of its evaluation split, or the first ones of the training
+            rows, which are then not trained; None takes the whole evaluation split, if there is one.
         train_frac: share of the rows that is trained on when the source has no evaluation split; 1.0 = no
             evaluation rows.
         lora_config: dict with peft's keys, ``peft.LoraConfig``, path of a YAML or JSON file, or None for full
@@ -121,6 +127,9 @@ class QEffConfig:
     mixing: str | None = None
     mixing_temperature: float | None = None
     mixing_rows: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int | None = None
+    eval_rows: int | None = None
     train_frac: float = 0.85
     lora_config: dict[str, Any] | None = field(default_factory=lambda: dict(DEFAULT_LORA))
     max_ctx_len: int = 512
@@ -197,6 +206,7 @@ class QEffConfig:
         if self.datasets is not None:
             put("datasets", read_sources(self.datasets, ALIASES))
         put("mixing", check_mixture(self))
+        check_stream(self)
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS
@@ -247,7 +257,8 @@ class QEffConfig:
         """This configuration with the ``max_ctx_len`` of the training arguments, where that is given.
 
         Raises:
-            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks.
+            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks,
+                or something that a stream cannot have.
         """
         metric = str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_")
         other = {"accuracy": "generation", "perplexity": "seq_classification"}.get(metric)
@@ -256,6 +267,8 @@ class QEffConfig:
                 f"metric_for_best_model={metric!r} is not measured for task={self.task!r}: use 'loss' or "
                 f"{'perplexity' if metric == 'accuracy' else 'accuracy'!r}."
             )
+        if args is not None:
+            check_stream_run(self, args)
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:
             return self

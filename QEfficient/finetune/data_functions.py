@@ -15,6 +15,7 @@ from QEfficient.finetune.data.collate import Batch, collate
 from QEfficient.finetune.data.device_loader import DeviceLoader
 from QEfficient.finetune.data.loader import BatchLoader
 from QEfficient.finetune.data.sources import EVAL_NAMES, TRAIN_NAMES
+from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.dataset_config import DatasetConfig
 from QEfficient.finetune.keywords import boolean, integer, short
@@ -197,7 +198,10 @@ def _prepared(
             f"{did_you_mean(str(split), (*TRAIN_NAMES, *EVAL_NAMES))}"
         )
     manager = QEffDataManager(dataset_config.config(tokenizer, context_length), tokenizer)
+    if manager.config.streaming:
+        raise OptionError("these functions give rows by number, which a stream has not: use QEffDataManager for it.")
     train, evaluation = manager.prepare_dataset()
+    assert not isinstance(train, StreamRows)
     if split in (*TRAIN_NAMES, settings.train_split):
         return train, manager
     if evaluation is None:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
@@ -29,6 +29,9 @@ from QEfficient.finetune.data.mixture import naming, source_config
 from QEfficient.finetune.data.packing import PackedRows
 from QEfficient.finetune.data.prepare import Preparation
 from QEfficient.finetune.data.sources import Source
+from QEfficient.finetune.data.stream import StreamRows
+from QEfficient.finetune.data.stream_loader import StreamLoader
+from QEfficient.finetune.data.stream_prepare import open_beginning
 from QEfficient.finetune.data.tokens import TextEncoder
 from QEfficient.progress import Progress, silent
 from QEfficient.store.digest import json_digest
@@ -45,6 +48,9 @@ logger = logging.getLogger("QEfficient.finetune")
 #: Part of every key: changes when the same rows would be encoded differently.
 ENCODING_VERSION = 1
 KIND = "dataset"
+
+#: What training rows are.
+TrainRows: TypeAlias = SingleRows | PackedRows | StreamRows
 
 
 class QEffDataManager:
@@ -106,12 +112,12 @@ class QEffDataManager:
                 return int(found)
         return 0
 
-    def prepare_dataset(self, progress: Progress = silent) -> tuple[SingleRows | PackedRows, SingleRows | None]:
+    def prepare_dataset(self, progress: Progress = silent) -> tuple[TrainRows, SingleRows | None]:
         """Loads, splits, encodes and audits the data; the second call with the same content reads the cache.
 
         Returns:
             (training rows, evaluation rows or None); indexable, with ``lengths`` in tokens. With ``packing`` the
-            training rows are packed.
+            training rows are packed; with ``streaming`` they are read by `get_dataloader`.
 
         Raises:
             InputError: missing, malformed or empty data, rows of mixed types, answers that do not fit into
@@ -122,6 +128,8 @@ class QEffDataManager:
         progress("reading data", 0, 0)
         train: SingleRows
         evaluation: SingleRows | None
+        if self.config.streaming:
+            return self._streamed(progress)
         if self.config.datasets is None:
             found = self._prepared(self.config, progress)
             train, evaluation, audit = found.train, found.evaluation, found.audit
@@ -158,7 +166,10 @@ class QEffDataManager:
 
     def _prepared(self, config: QEffConfig, progress: Progress) -> Prepared:
         """One source, from the cache where it was prepared before."""
-        source = load_rows(config, self.tokenizer, self._custom)
+        return self._encoded(config, load_rows(config, self.tokenizer, self._custom), progress)[0]
+
+    def _encoded(self, config: QEffConfig, source: Source, progress: Progress) -> tuple[Prepared, Preparation]:
+        """Rows that were read, as tokens."""
         preparation = Preparation(config, self.tokenizer, source)
         key = self._key(source, preparation)
         store = ArtifactStore(cache_home(self._home))
@@ -168,7 +179,23 @@ class QEffDataManager:
             preparation.save(directory)
 
         found = store.build(KIND, key, build, label=f"tokenized data of {source.name}")
-        return Prepared(*Preparation.load(found), key, preparation.joiner)
+        return Prepared(*Preparation.load(found), key, preparation.joiner), preparation
+
+    def _streamed(self, progress: Progress) -> tuple[StreamRows, SingleRows | None]:
+        """Training rows that are read while training, and evaluation rows, which are read now."""
+        if self._custom is not None:
+            raise OptionError("a custom dataset class gives all rows at once: leave streaming out, or stream a file.")
+        opened = open_beginning(self.config)
+        found, preparation = self._encoded(self.config, opened.source, progress)
+        rows = StreamRows(opened, preparation, found.train, found.audit.classes)
+        self._fingerprint = json_digest({"beginning": found.key, "stream": rows.identity})
+        self._joiner = found.joiner
+        self.audit, self.label_names = found.audit, found.audit.classes
+        self.audit.notes = [*self.notes, *self.audit.notes]
+        self.audit.first_rows = self.audit.splits["train"].rows_in
+        if isinstance(rows.sample, PackedRows):
+            self.audit.splits["train"].packed_rows = len(rows.sample)
+        return rows, found.evaluation
 
     def _key(self, source: Source, preparation: Preparation) -> str:
         import tokenizers
@@ -188,7 +215,7 @@ class QEffDataManager:
 
     def get_dataloader(
         self,
-        dataset: loading.Rows,
+        dataset: loading.Rows | StreamRows,
         batch_size: int,
         shuffle: bool = True,
         *,
@@ -197,7 +224,7 @@ class QEffDataManager:
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
         pad_to_length: int | None = None,
-    ) -> BatchLoader:
+    ) -> BatchLoader | StreamLoader:
         """Batches of a data set; iterable again and again, one epoch each time.
 
         The order is a function of (seed, epoch): ``args.data_seed`` if given, else the configuration's seed. With
@@ -216,22 +243,36 @@ class QEffDataManager:
         """
         strategy = getattr(self.args, "train_sampling_strategy", "random") if shuffle else "sequential"
         seed = getattr(self.args, "data_seed", None)
-        order = BatchOrder(
-            len(dataset),
-            batch_size,
-            self.config.seed if seed is None else seed,
-            shuffle=strategy != "sequential",
-            lengths=dataset.lengths if strategy == "group_by_length" else None,
-            drop_last=shuffle and bool(getattr(self.args, "dataloader_drop_last", False)),
-            rank=rank,
-            world_size=world_size,
-        )
+        chosen = self.config.seed if seed is None else seed
+        drop_last = shuffle and bool(getattr(self.args, "dataloader_drop_last", False))
         pad = functools.partial(
             collating.collate,
             pad_token_id=self.pad_token_id,
             padding_side=padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
             pad_to_length=pad_to_length,
+        )
+        if isinstance(dataset, StreamRows):
+            return StreamLoader(
+                dataset,
+                batch_size,
+                pad,
+                self._fingerprint,
+                seed=chosen,
+                shuffle=strategy != "sequential",
+                drop_last=drop_last,
+                rank=rank,
+                world_size=world_size,
+            )
+        order = BatchOrder(
+            len(dataset),
+            batch_size,
+            chosen,
+            shuffle=strategy != "sequential",
+            lengths=dataset.lengths if strategy == "group_by_length" else None,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
         )
         return BatchLoader(dataset, order, pad, self._fingerprint)
 

@@ -154,6 +154,7 @@ class LabelAudit:
         filtered: filter -> rows it removed, before the split.
         bad_rows: why rows were left out that cannot be read, a sentence each, the first of them.
         sources: of a mixture, what each gives to the training rows.
+        first_rows: of a stream, how many rows at its beginning the figures of training rows are of.
     """
 
     source: str
@@ -166,6 +167,7 @@ class LabelAudit:
     bad_rows: list[str] = field(default_factory=list)
     filtered: dict[str, int] = field(default_factory=dict)
     sources: list[SourceShare] = field(default_factory=list)
+    first_rows: int | None = None
 
     def to_text(self) -> str:
         """The audit as plain text; trained spans stand between double brackets."""
@@ -233,6 +235,8 @@ class LabelAudit:
 
     def _lines(self) -> list[str]:
         lines = [f"data: {self.source}, format {self.format}"]
+        if self.first_rows is not None:
+            lines.append(f"a stream, read while training: the figures are of its first {self.first_rows:,} rows")
         if self.filtered:
             lines.append("filtered: " + ", ".join(f"{name} {count:,}" for name, count in self.filtered.items()))
         for name, split in self.splits.items():

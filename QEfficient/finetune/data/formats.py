@@ -219,11 +219,11 @@ def _hidden_by(columns: Mapping[str, str]) -> set[str]:
     return names - set(columns)
 
 
-def read_row(kind: Format, row: Row, number: int) -> Example | None:
+def read_row(kind: Format, row: Row, number: int | str) -> Example | None:
     """One row as an example; None when a required value is empty.
 
     Raises:
-        InputError: a value does not fit the format; the message has the row's number (from 1).
+        InputError: a value does not fit the format; the message has the row's number (from 1), or what it is called.
     """
     if not kind.matches(frozenset(row)):
         raise InputError(

@@ -95,7 +95,7 @@ class Preparation:
     def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
         self.config, self.tokenizer, self.source = config, tokenizer, source
         found = recognise(config, source.train, source.name)
-        self._renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
+        self.renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())
         self._augmentations = read_augmentations(config.augment or ())
@@ -140,7 +140,8 @@ class Preparation:
         filters = [item.identity for item in self._filters]
         augment = [item.identity for item in self._augmentations]
         values = {name: getattr(self.config, name) for name in names}
-        return {"format": self.format.name, "filters": filters, "augment": augment, **values}
+        beginning = {} if self.source.held is None else {"held": self.source.held}
+        return {"format": self.format.name, "filters": filters, "augment": augment, **values, **beginning}
 
     def run(self, progress: Progress) -> None:
         """Does the work.
@@ -151,9 +152,9 @@ class Preparation:
         config, source = self.config, self.source
         usable = self._filtered(source.train, progress)
         if source.evaluation is None:
-            train, evaluation = (usable[part] for part in split_rows(len(usable), config.train_frac, config.seed))
+            train, evaluation = self._split(usable)
             parts = {"train": (source.train, train), "eval": (source.train, evaluation)}
-            if not len(evaluation) and config.train_frac < 1:
+            if not len(evaluation) and config.train_frac < 1 and source.held is None:
                 self.notes.append("there is one row only, so there are none for evaluation.")
         else:
             parts = {
@@ -190,11 +191,19 @@ class Preparation:
             self._done[name] = tokens, report
         self._audit = self._make_audit()
 
+    def _split(self, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the numbers of usable rows, those to train on and those for evaluation."""
+        held = self.source.held
+        if held is None:
+            train, evaluation = split_rows(len(usable), self.config.train_frac, self.config.seed)
+            return usable[train], usable[evaluation]
+        return usable[usable >= held], usable[usable < held]
+
     def _filtered(self, rows: Rows, progress: Progress) -> np.ndarray:
         """Numbers of the rows that filters leave, ascending from 0; rows that cannot be read stay, to be counted."""
         if self._filters:
             progress("filtering rows", 0, len(rows))
-        numbers, removed = filtered_rows(self._filters, rows, self._renamer)
+        numbers, removed = filtered_rows(self._filters, rows, self.renamer)
         self.filtered.update(removed)
         return numbers
 
@@ -204,12 +213,14 @@ class Preparation:
         found: list[tuple[int, Encoded]] = []
         dropped: Counter[str] = Counter()
         marks: Counter[str] = Counter()
-        needs: list[tuple[int, int]] = []
+        needs: list[tuple[int, int | str]] = []
+        labels = self.source.labels if rows is self.source.train else None
         for done, index in enumerate(numbers.tolist()):
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
             try:
-                variants = [self._encode_row(row, index + 1) for row in self._variants(name, rows[index], index + 1)]
+                label = labels[index] if labels is not None else index + 1
+                variants = self.encode(rows[index], label, augment=name == "train", place=index + 1)
             except InputError as error:
                 if self.config.on_bad_row == "error":
                     raise
@@ -222,7 +233,7 @@ class Preparation:
                     dropped["empty"] += 1
                 elif isinstance(row, Dropped):
                     dropped[row.reason] += 1
-                    needs += [(row.needs, index + 1)] if row.needs else []
+                    needs += [(row.needs, label)] if row.needs else []
                 else:
                     marks.update(row.marks)
                     found.append((index + 1, row))
@@ -230,27 +241,40 @@ class Preparation:
             raise InputError(self._too_long(name, needs, len(numbers)))
         return found, dropped, marks
 
-    def _variants(self, name: str, row: Any, number: int) -> list[Any]:
-        """A row of the source under our column names; of training rows, what augmentation makes of it."""
+    def encode(self, row: Any, label: int | str, *, augment: bool, place: int) -> list[Encoded | Dropped | None]:
+        """A row of the source as tokens; several, or none, where augmentation makes so many of it.
+
+        Args:
+            label: the row's number, or what messages call it after the word "Row".
+            augment: whether the row is trained on.
+            place: its number from 1, on which augmentation depends besides the seed.
+
+        Returns:
+            Tokens, why they are left out, or None where a required value is empty.
+
+        Raises:
+            InputError: the row cannot be read.
+        """
         if isinstance(row, Unreadable):
             raise InputError(row.why)
-        renamed = self._renamer(row)
-        if name != "train" or not self._augmentations:
-            return [renamed]
-        return augmented(self._augmentations, renamed, self.config.seed, number)
+        renamed = self.renamer(row)
+        variants = [renamed]
+        if augment and self._augmentations:
+            variants = augmented(self._augmentations, renamed, self.config.seed, place)
+        return [self._encode_row(variant, label) for variant in variants]
 
-    def _encode_row(self, row: Any, number: int) -> Encoded | Dropped | None:
+    def _encode_row(self, row: Any, label: int | str) -> Encoded | Dropped | None:
         """A row as tokens; None when a required value is empty, InputError when it cannot be read."""
-        example = read_row(self.format, row, number)
+        example = read_row(self.format, row, label)
         if example is None:
             return None
         try:
             return self._encoder.encode(example)
         except InputError as error:
-            raise InputError(f"Row {number} cannot be encoded: {error}") from error
+            raise InputError(f"Row {label} cannot be encoded: {error}") from error
 
-    def _too_long(self, name: str, needs: list[tuple[int, int]], count: int) -> str:
-        longest, number = max(needs)
+    def _too_long(self, name: str, needs: list[tuple[int, int | str]], count: int) -> str:
+        longest, number = max(needs, key=lambda need: need[0])
         if self.config.truncation == "error":
             return (
                 f"{len(needs)} of {count} {name} rows are longer than max_ctx_len={self.config.max_ctx_len} (the "
@@ -294,7 +318,7 @@ class Preparation:
             )
         train = self._done["train"][0]
         if self.format.name == "tokenized" and not {"labels", "completion_mask", "assistant_masks"} & set(
-            self._renamer.names
+            self.renamer.names
         ):
             self.notes.append("the rows have input_ids and no labels, so every token is trained.")
         return LabelAudit(
