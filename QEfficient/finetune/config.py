@@ -300,7 +300,8 @@ class QEffConfig:
             OptionError: the file is missing or malformed, or its values are.
         """
         values = read_settings(os.fspath(path), "a configuration")
-        listed = [item.get("dataset_name") for item in values.get("datasets") or () if isinstance(item, Mapping)]
+        several: Any = values.get("datasets")
+        listed = [s.get("dataset_name") for s in several if isinstance(s, Mapping)] if isinstance(several, list) else []
         for source in [values.get("dataset_name"), *listed]:
             if isinstance(source, str) and source.startswith(_IN_MEMORY):
                 raise OptionError(

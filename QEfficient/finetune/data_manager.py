@@ -192,7 +192,7 @@ class QEffDataManager:
         self._joiner = found.joiner
         self.audit, self.label_names = found.audit, found.audit.classes
         self.audit.notes = [*self.notes, *self.audit.notes]
-        self.audit.first_rows = self.audit.splits["train"].rows_in
+        self.audit.first_rows = len(opened.source.train) - (opened.source.held or 0)
         if isinstance(rows.sample, PackedRows):
             self.audit.splits["train"].packed_rows = len(rows.sample)
         return rows, found.evaluation

@@ -66,6 +66,8 @@ def test_counts(sizes, weights, temperature, upsample, rows, counts):
 
 def test_large_temperatures_make_sources_equal():
     assert [float(part) for part in shares([10_000, 10], None, 1e9)] == pytest.approx([0.5, 0.5])
+    with pytest.raises(InputError, match="none of b, whose share is too small"):
+        row_counts(["a", "b"], [10_000, 10], shares([10_000, 10], None, 1e-4), False, None)
     assert shares([10_000, 10], None, 1) == [Fraction(1000, 1001), Fraction(1, 1001)]
 
 
@@ -229,6 +231,7 @@ def test_classes_of_several_sources(tmp_path):
     ("options", "words"),
     [
         ({"datasets": []}, "must be a list of at least one source"),
+        ({"datasets": 5}, "must be a list of at least one source"),
         ({"datasets": "a.jsonl"}, "must be a list of at least one source"),
         ({"datasets": [{"dataset_name": "a", "wieght": 1}]}, "has no option 'wieght'.*Did you mean 'weight'"),
         ({"datasets": [{"dataset_name": "a", "packing": True}]}, r"datasets\[0\] has no option 'packing'"),
@@ -290,6 +293,9 @@ def test_saved_and_loaded(tmp_path):
     assert "secret" not in (tmp_path / "config.yaml").read_text()
     loaded = QEffConfig.load(tmp_path / "config.yaml")
     assert loaded.datasets[0] == {"dataset_name": "a.jsonl", "train_split": "train", "weight": 2}
+    (tmp_path / "wrong.yaml").write_text("model_id: m\ndatasets: 5\n")
+    with pytest.raises(OptionError, match="must be a list"):
+        QEffConfig.load(tmp_path / "wrong.yaml")
     QEffConfig("m", datasets=[PAIRS]).save(tmp_path / "memory.yaml")
     with pytest.raises(OptionError, match="saved from data in memory"):
         QEffConfig.load(tmp_path / "memory.yaml")

@@ -370,6 +370,8 @@ def test_bad_rows_at_the_beginning_have_the_same_names(tmp_path):
     write(tmp_path / "a.jsonl", ROWS[:5])
     write(tmp_path / "b.jsonl", [*ROWS[5:7], {"text": "a"}, *ROWS[7:]])
     data = str(tmp_path / "*.jsonl")
+    with pytest.raises(InputError, match=r"Row 3 of .*b.jsonl has the columns text .* such as row 1 of .*a.jsonl"):
+        streamed(tmp_path, data)
     found = manager(tmp_path, data, streaming=True, eval_rows=6, on_bad_row="skip")
     found.prepare_dataset()
     assert "Row 3 of" in found.audit.bad_rows[0]

@@ -104,6 +104,17 @@ def test_a_checkpoint_notes_where_the_stream_was(
     assert kept
 
 
+def test_rows_left_out_are_said_at_the_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "elm", "completion": "elm " * (n % 3)} for n in range(12)]
+    said: list[Any] = []
+    config = QEffConfig(str(tiny_checkpoint), rows, max_ctx_len=64, streaming=True)
+    args = QEffTrainingArgs(
+        tmp_path / "run", max_steps=2, batch_size=4, num_cores=1, validate=False, plot=False, disable_tqdm=True
+    )
+    QEfficient(config, args).refine(load=False, say=said.append)
+    assert "rows that were left out of the stream: 4 × empty" in said
+
+
 def test_an_estimate_of_a_stream(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
     from QEfficient.finetune.estimate import estimate_run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -266,11 +266,12 @@ def _first_match(columns: frozenset[str]) -> str | None:
     return next((item.name for item in _ALL if item.matches(columns)), None)
 
 
-def check_one_format(rows: Iterable[Row]) -> None:
+def check_one_format(rows: Iterable[Row], labels: Sequence[str] | None = None) -> None:
     """Refuses rows of different formats: `detect` would see their columns together and blame the wrong row.
 
     Args:
         rows: after ``Renamer``.
+        labels: what to call each after the word "Row"; None numbers them from 1.
 
     Raises:
         InputError: naming the first row that differs from most rows (from the first, where neither kind has more).
@@ -287,9 +288,10 @@ def check_one_format(rows: Iterable[Row]) -> None:
     usual = counts.most_common(1)[0][0]  # among equals the one that came first
     odd, (number, names) = next((name, place) for name, place in first.items() if name != usual)
     since, others = first[usual]
+    called = (number, since) if labels is None else (labels[number - 1], labels[since - 1])
     raise InputError(
-        f"Row {number} has {_listed(names)} ({_called(odd)}), and {counts[usual]} of {counts.total()} rows, such as "
-        f"row {since}, have {_listed(others)} ({_called(usual)}): give every row the same columns."
+        f"Row {called[0]} has {_listed(names)} ({_called(odd)}), and {counts[usual]} of {counts.total()} rows, such as "
+        f"row {called[1]}, have {_listed(others)} ({_called(usual)}): give every row the same columns."
     )
 
 

@@ -32,7 +32,8 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None, temperature: f
     elif temperature == 1:
         parts = [Fraction(size) for size in sizes]
     else:
-        parts = [Fraction(size ** (1 / temperature)) for size in sizes]
+        # In proportion to the largest, so that no power is too large a number.
+        parts = [Fraction((size / max(sizes)) ** (1 / temperature)) for size in sizes]
     return [part / sum(parts) for part in parts]
 
 
@@ -53,7 +54,8 @@ def row_counts(
     Raises:
         InputError: a row would have to be repeated without ``upsample``, or a source gets no row.
     """
-    most = [Fraction(size) / part for size, part in zip(sizes, parts, strict=True)]
+    # A share may be too small a number to be told from nothing; then its source gets no row, which is refused.
+    most = [Fraction(size) / part for size, part in zip(sizes, parts, strict=True) if part]
     total = rows if rows is not None else math.ceil(max(most)) if upsample else math.floor(min(most))
     counts = [math.floor(total * part) for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda place: (counts[place] - total * parts[place], place))

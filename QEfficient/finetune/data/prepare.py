@@ -94,7 +94,7 @@ class Preparation:
 
     def __init__(self, config: QEffConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
         self.config, self.tokenizer, self.source = config, tokenizer, source
-        found = recognise(config, source.train, source.name)
+        found = recognise(config, source.train, source.name, source.labels)
         self.renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())

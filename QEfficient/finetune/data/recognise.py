@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from QEfficient.errors import InputError
@@ -26,12 +27,13 @@ class Recognised:
     format: Format
 
 
-def recognise(config: QEffConfig, rows: Rows, where: str) -> Recognised:
+def recognise(config: QEffConfig, rows: Rows, where: str, labels: Sequence[str] | None = None) -> Recognised:
     """How the rows of a data set are read, from all of them.
 
     Args:
         config: its ``columns``, ``dataset_format``, ``task`` and ``on_bad_row`` count.
         where: the data set's name, for messages.
+        labels: what messages call each row after the word "Row"; None numbers them from 1.
 
     Raises:
         OptionError: no format fits the columns, or a column is mapped that is not there.
@@ -46,5 +48,5 @@ def recognise(config: QEffConfig, rows: Rows, where: str) -> Recognised:
         if config.on_bad_row == "skip":
             names = usual_names(readable)
         else:
-            check_one_format(readable)
+            check_one_format(readable, labels)
     return Recognised(renamer, names, detect(names, config.task, config.dataset_format))
