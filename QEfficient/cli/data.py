@@ -80,7 +80,7 @@ def inspect(
     config = _config(source, words, _ABOUT_ROWS)
     found = load_rows(config)
     parts = {"train": found.train, **({"eval": found.evaluation} if found.evaluation is not None else {})}
-    facts = {name: _facts(config, part, rows) for name, part in parts.items()}
+    facts = {name: _facts(config, part, found.name, rows) for name, part in parts.items()}
     if as_json:
         typer.echo(json.dumps({"source": found.name, "splits": facts}, ensure_ascii=False, default=str))
         return
@@ -118,7 +118,7 @@ def convert(
     config = _config(source, words, _ABOUT_ROWS, train_frac=1.0)
     check_output(output, overwrite)
     found = load_rows(config)
-    read = read_all(config, _left(config, found.train), to)
+    read = read_all(config, found.train, found.name, to)
     write_rows(read.rows, output)
     typer.echo(f"{output}: {len(read.rows):,} rows{_left_out(read.empty, read.bad)}")
 
@@ -137,7 +137,7 @@ def split(
 
     qefficient data split rows.jsonl ./rows --train-frac 0.9
     """
-    from QEfficient.finetune.data.convert import check_output, read_all, write_rows
+    from QEfficient.finetune.data.convert import check_output, left, read_all, write_rows
     from QEfficient.finetune.data.load import load_rows
     from QEfficient.finetune.data.prepare import split_rows
 
@@ -149,11 +149,11 @@ def split(
     found = load_rows(config)
     if found.evaluation is not None:
         raise OptionError(f"{source} has evaluation rows of its own: it is split already.")
-    rows = _left(config, found.train)
-    parts = split_rows(len(rows), config.train_frac, config.seed)
+    numbers = left(config, found.train, found.name)
+    parts = split_rows(len(numbers), config.train_frac, config.seed)
     if not len(parts[1]):
-        raise OptionError(f"train_frac={train_frac} of {len(rows)} rows leaves none for evaluation: lower it.")
-    read = [read_all(config, [rows[number] for number in part.tolist()]) for part in parts]
+        raise OptionError(f"train_frac={train_frac} of {len(numbers)} rows leaves none for evaluation: lower it.")
+    read = [read_all(config, found.train, found.name, numbers=numbers[part]) for part in parts]
     directory.mkdir(exist_ok=True)
     for file, part in zip(files.values(), read, strict=True):
         write_rows(part.rows, file)
@@ -175,27 +175,14 @@ def _config(source: str, words: Sequence[str] | None, allowed: Sequence[str] | N
     return QEffConfig(**{"model_id": "none", **more}, dataset_name=source, **given)
 
 
-def _left(config: QEffConfig, rows: Any) -> list[Any]:
-    """The rows that filters leave."""
-    from QEfficient.finetune.data.filters import read_filters
-    from QEfficient.finetune.data.formats import Renamer
-    from QEfficient.finetune.data.prepare import filtered_rows
-    from QEfficient.finetune.data.sources import columns_of
-
-    renamer = Renamer(config.columns, columns_of(rows))
-    numbers, _ = filtered_rows(read_filters(config.filters or ()), rows, renamer)
-    return [rows[number] for number in numbers.tolist()]
-
-
-def _facts(config: QEffConfig, rows: Any, shown: int) -> dict[str, Any]:
+def _facts(config: QEffConfig, rows: Any, where: str, shown: int) -> dict[str, Any]:
     from QEfficient.finetune.data.convert import read_all
     from QEfficient.finetune.data.sources import columns_of
 
-    left = _left(config, rows)
-    read = read_all(config, left)
+    read = read_all(config, rows, where)
     return {
         "rows": len(rows),
-        "filtered": len(rows) - len(left),
+        "filtered": read.filtered,
         "empty": read.empty,
         "unreadable": read.bad,
         "format": read.format.name,

@@ -155,7 +155,7 @@ def finetune(
     what, how = split_options(given)
     for notice in notices if how.process_index == 0 else ():
         typer.echo(notice, err=True)
-    if what.dataset_name is None:
+    if what.dataset_name is None and what.datasets is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
     if write_config is not None:
         typer.echo(str(write_settings(write_config, given, "fine-tuning options")))

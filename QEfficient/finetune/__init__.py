@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from QEfficient.finetune.data_functions import (
         device_aware_data_loading,
         get_custom_data_collator,
+        get_dataloader_kwargs,
         get_longest_seq_length,
         get_preprocessed_dataset,
+        padding_dataset,
     )
     from QEfficient.finetune.data_manager import QEffDataManager
     from QEfficient.finetune.dataset_config import generate_dataset_config
@@ -48,8 +50,10 @@ _PUBLIC = {
     "device_aware_data_loading": "QEfficient.finetune.data_functions:device_aware_data_loading",
     "generate_dataset_config": "QEfficient.finetune.dataset_config:generate_dataset_config",
     "get_custom_data_collator": "QEfficient.finetune.data_functions:get_custom_data_collator",
+    "get_dataloader_kwargs": "QEfficient.finetune.data_functions:get_dataloader_kwargs",
     "get_longest_seq_length": "QEfficient.finetune.data_functions:get_longest_seq_length",
     "get_preprocessed_dataset": "QEfficient.finetune.data_functions:get_preprocessed_dataset",
+    "padding_dataset": "QEfficient.finetune.data_functions:padding_dataset",
     "register_dataset": "QEfficient.finetune.data.named:register_dataset",
 }
 
@@ -71,8 +75,10 @@ __all__ = [
     "device_aware_data_loading",
     "generate_dataset_config",
     "get_custom_data_collator",
+    "get_dataloader_kwargs",
     "get_longest_seq_length",
     "get_preprocessed_dataset",
+    "padding_dataset",
     "register_dataset",
 ]
 

@@ -22,6 +22,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 RUN = "run.json"
+POSITION = "stream_position.json"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -172,3 +173,27 @@ def check_same_run(directory: Path, identity: Mapping[str, Any], allowed: bool =
 def write_run(directory: Path, identity: Mapping[str, Any]) -> None:
     """Notes what a run depends on beside its checkpoint."""
     (directory / RUN).write_text(json.dumps(dict(identity), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_position(directory: Path, position: Mapping[str, Any]) -> None:
+    """Notes where a stream of rows was beside its checkpoint."""
+    (directory / POSITION).write_text(json.dumps(dict(position), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_position(directory: Path) -> dict[str, Any] | None:
+    """What `write_position` wrote; None where there is none.
+
+    Raises:
+        PackageError: it is damaged.
+    """
+    path = directory / POSITION
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    numbers = ("batch", "epoch", "first", "taken")
+    if not isinstance(found, dict) or any(type(found.get(name)) is not int or found[name] < 0 for name in numbers):
+        raise PackageError(f"{path} is damaged: resume from an earlier checkpoint.")
+    return found

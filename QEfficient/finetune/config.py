@@ -15,8 +15,10 @@ from QEfficient.errors import OptionError
 from QEfficient.finetune.data.augment import read_augmentations
 from QEfficient.finetune.data.database import is_database, without_password
 from QEfficient.finetune.data.filters import read_filters
+from QEfficient.finetune.data.mixture import check_mixture, read_sources
 from QEfficient.finetune.data.row_functions import read_functions
 from QEfficient.finetune.data.steps import as_specs
+from QEfficient.finetune.data.stream_options import check_stream, check_stream_run
 from QEfficient.finetune.keywords import boolean, canonical, choice, fill, integer, is_number, mapping, short, text
 from QEfficient.finetune.lora import DEFAULT_LORA, read_lora
 from QEfficient.finetune.methods.facts import DISTILLATION, METHODS, TASK_METRICS
@@ -42,6 +44,8 @@ ALIASES = {
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
     **dict.fromkeys(("dpo_beta", "pref_beta", "rl_beta"), "beta"),
     **dict.fromkeys(("teacher", "teacher_model_name_or_path", "teacher_model_id"), "teacher_model"),
+    "mix_strategy": "mixing",
+    "buffer_size": "shuffle_buffer_size",
 }
 
 #: Options that are a text or None.
@@ -68,7 +72,19 @@ class QEffConfig:
         model_id: hub id or directory of the base model.
         dataset_name: ``"sample"`` (bundled), ``gsm8k``, ``alpaca``, ``imdb``, ``grammar``, ``custom_dataset``, a name
             given to `register_dataset`, a file (json, jsonl, csv, tsv, parquet, arrow, txt), a directory, a hub
-            id, a list of dicts or a ``datasets`` object; None only with a custom dataset class.
+            id, a list of dicts or a ``datasets`` object; None only with a custom dataset class or with ``datasets``.
+        datasets: several sources instead of one: a list of names, files, … or of mappings with ``dataset_name`` (or
+            ``path``), ``weight`` and options that this source has of its own (``dataset_config``, ``train_split``,
+            ``columns``, ``dataset_format``, ``filters``, ``preprocess``, ``system_prompt``, ``sample_size``, …).
+        mixing: how many rows a mixture has: ``"exhaust"`` (the default) the most that repeat no row, ``"upsample"`` the
+            least that leave none out.
+        mixing_temperature: without weights, shares are in proportion to ``size ** (1 / mixing_temperature)``; None
+            means 1, which is all rows of all sources.
+        mixing_rows: training rows of the mixture, instead of what ``mixing`` makes of the weights.
+        streaming: read, tokenize and shuffle rows while training, for data larger than memory; needs ``max_steps``.
+        shuffle_buffer_size: rows of a stream that are shuffled together; None means 10,000.
+        eval_rows: evaluation rows of a stream: so many of its evaluation split, or the first ones of the training
+            rows, which are then not trained; None takes the whole evaluation split, if there is one.
         train_frac: share of the rows that is trained on when the source has no evaluation split; 1.0 = no
             evaluation rows.
         lora_config: dict with peft's keys, ``peft.LoraConfig``, path of a YAML or JSON file, or None for full
@@ -122,6 +138,13 @@ class QEffConfig:
 
     model_id: str = ""
     dataset_name: Any = None
+    datasets: tuple[dict[str, Any], ...] | None = None
+    mixing: str | None = None
+    mixing_temperature: float | None = None
+    mixing_rows: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int | None = None
+    eval_rows: int | None = None
     train_frac: float = 0.85
     lora_config: dict[str, Any] | None = field(default_factory=lambda: dict(DEFAULT_LORA))
     max_ctx_len: int = 512
@@ -203,6 +226,10 @@ class QEffConfig:
                 "one of them."
             )
         self._check_trainable()
+        if self.datasets is not None:
+            put("datasets", read_sources(self.datasets, ALIASES))
+        put("mixing", check_mixture(self))
+        check_stream(self)
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS
@@ -312,7 +339,8 @@ class QEffConfig:
         """This configuration with the ``max_ctx_len`` of the training arguments, where that is given.
 
         Raises:
-            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks.
+            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks,
+                or something that a stream cannot have.
         """
         metric = str(getattr(args, "metric_for_best_model", None) or "loss").removeprefix("eval_")
         measured = ("loss", *(METHODS[self.method].metrics or TASK_METRICS[self.task]))
@@ -321,6 +349,8 @@ class QEffConfig:
             raise OptionError(
                 f"metric_for_best_model={metric!r} is not measured for {what}: use {' or '.join(map(repr, measured))}."
             )
+        if args is not None:
+            check_stream_run(self, args)
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:
             return self
@@ -339,10 +369,9 @@ class QEffConfig:
         """Every option under its canonical name, as plain JSON values; data in memory becomes a description, and a
         password in a database URL ``***``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if values["dataset_name"] is not None and not isinstance(values["dataset_name"], str):
-            values["dataset_name"] = describe_memory(values["dataset_name"])
-        elif values["dataset_name"] is not None and is_database(values["dataset_name"]):
-            values["dataset_name"] = without_password(values["dataset_name"])
+        values["dataset_name"] = _shown(self.dataset_name)
+        if self.datasets is not None:
+            values["datasets"] = [{**item, "dataset_name": _shown(item["dataset_name"])} for item in self.datasets]
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
@@ -353,11 +382,13 @@ class QEffConfig:
             OptionError: the file is missing or malformed, or its values are.
         """
         values = read_settings(os.fspath(path), "a configuration")
-        source = values.get("dataset_name")
-        if isinstance(source, str) and source.startswith(_IN_MEMORY):
-            raise OptionError(
-                f"{os.fspath(path)} was saved from data in memory ({source}): set dataset_name to a file."
-            )
+        several: Any = values.get("datasets")
+        listed = [s.get("dataset_name") for s in several if isinstance(s, Mapping)] if isinstance(several, list) else []
+        for source in [values.get("dataset_name"), *listed]:
+            if isinstance(source, str) and source.startswith(_IN_MEMORY):
+                raise OptionError(
+                    f"{os.fspath(path)} was saved from data in memory ({source}): set dataset_name to a file."
+                )
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -372,6 +403,13 @@ def describe_memory(data: Any) -> str:
     """What stands for a dataset object in a saved configuration."""
     rows = f", {len(data)} rows" if hasattr(data, "__len__") and not isinstance(data, Mapping) else ""
     return f"{_IN_MEMORY}{type(data).__name__}{rows}>"
+
+
+def _shown(data: Any) -> Any:
+    """``dataset_name`` as a saved configuration has it."""
+    if data is not None and not isinstance(data, str):
+        return describe_memory(data)
+    return without_password(data) if data is not None and is_database(data) else data
 
 
 def _path_text(value: Any) -> Any:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from QEfficient.errors import InputError, OptionError, TargetUnavailableError
+from QEfficient.finetune.data import loader
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.builtin import custom_settings
-from QEfficient.finetune.data.collate import Batch, collate
+from QEfficient.finetune.data.collate import Batch, collate, without_labels
 from QEfficient.finetune.data.device_loader import DeviceLoader
 from QEfficient.finetune.data.loader import BatchLoader
 from QEfficient.finetune.data.sources import EVAL_NAMES, TRAIN_NAMES
-from QEfficient.finetune.data.token_rows import TokenRows
+from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.dataset_config import DatasetConfig
 from QEfficient.finetune.keywords import boolean, integer, short
@@ -26,6 +27,8 @@ from QEfficient.targets.registry import get_target
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.data.mixing import SingleRows
     from QEfficient.finetune.data.packing import PackedRows
 
 #: Names of a device that torch itself computes on.
@@ -37,7 +40,7 @@ def get_preprocessed_dataset(
     dataset_config: DatasetConfig,
     split: str = "train",
     context_length: int | None = None,
-) -> TokenRows | PackedRows:
+) -> SingleRows | PackedRows:
     """The rows of one split, tokenized and labelled; read from the cache when they were before.
 
     Args:
@@ -57,7 +60,7 @@ def get_preprocessed_dataset(
     return rows
 
 
-def get_longest_seq_length(data: TokenRows | PackedRows) -> tuple[int, int]:
+def get_longest_seq_length(data: SingleRows | PackedRows) -> tuple[int, int]:
     """(tokens of the longest row, its index), from preprocessed rows."""
     index = int(np.argmax(data.lengths))
     return int(data.lengths[index]), index
@@ -141,6 +144,89 @@ def get_custom_data_collator(
     return Collator(size, pad, multiple, length, equal, own)
 
 
+class PaddedRows:
+    """Rows, and after them copies of the first that train nothing, up to a number of rows."""
+
+    def __init__(self, rows: loader.Rows, count: int) -> None:
+        self.rows, self.count = rows, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"row {index} of {self.count}")
+        return self.rows[index] if index < len(self.rows) else without_labels(self.rows[0])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64 ``[N]``."""
+        lengths = np.asarray(self.rows.lengths)
+        return np.concatenate([lengths, np.repeat(lengths[:1], self.count - len(lengths))])
+
+
+def padding_dataset(train_config: QEffTrainingArgs, dataset: loader.Rows, batch_size: int) -> PaddedRows:
+    """Rows whose number is a multiple of the rows in a batch of all ranks.
+
+    What is added has labels of -100 only, so it changes neither loss nor gradients.
+
+    Args:
+        train_config: its ``world_size`` counts.
+        dataset: preprocessed rows.
+        batch_size: rows of a batch of one rank.
+    """
+    size = integer("batch_size", batch_size) * train_config.world_size
+    return PaddedRows(dataset, -(-len(dataset) // size) * size)
+
+
+def get_dataloader_kwargs(
+    train_config: QEffTrainingArgs,
+    dataset: loader.Rows,
+    dataset_processer: PreTrainedTokenizerBase,
+    split: str = "train",
+) -> dict[str, Any]:
+    """Keywords for ``torch.utils.data.DataLoader(dataset, …)``: this rank's batches, as the trainer cuts them.
+
+    Args:
+        train_config: batch sizes, seed, ``train_sampling_strategy``, ``dataloader_drop_last``, and which rank this is.
+        dataset: preprocessed rows.
+        dataset_processer: the tokenizer, for its padding token.
+        split: ``train``; anything else is not shuffled and has ``per_device_eval_batch_size`` rows.
+
+    Returns:
+        ``batch_sampler`` (its ``set_epoch`` chooses the order) and ``collate_fn``, which gives torch tensors.
+
+    Raises:
+        OptionError: a rank would have no row in the last batch.
+    """
+    import torch
+
+    train = split in TRAIN_NAMES
+    strategy = train_config.train_sampling_strategy if train else "sequential"
+    size = train_config.per_device_train_batch_size if train else train_config.per_device_eval_batch_size
+    drop_last = train and train_config.dataloader_drop_last
+    if not drop_last and 0 < len(dataset) % (size * train_config.world_size) < train_config.world_size:
+        raise OptionError(
+            f"{len(dataset)} rows leave a rank without a row in the last batch: pass what padding_dataset returns."
+        )
+    order = BatchOrder(
+        len(dataset),
+        size,
+        train_config.seed if train_config.data_seed is None else train_config.data_seed,
+        shuffle=strategy != "sequential",
+        lengths=dataset.lengths if strategy == "group_by_length" else None,
+        drop_last=drop_last,
+        rank=train_config.process_index,
+        world_size=train_config.world_size,
+    )
+    collator = Collator(size, dataset_processer.pad_token_id or 0)
+
+    def tensors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: torch.from_numpy(array) for name, array in collator(rows).items()}
+
+    return {"batch_sampler": order, "collate_fn": tensors}
+
+
 def device_aware_data_loading(
     dataset_config: DatasetConfig,
     custom_data_collator: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None,
@@ -189,7 +275,7 @@ def device_aware_data_loading(
 
 def _prepared(
     tokenizer: PreTrainedTokenizerBase, dataset_config: DatasetConfig, split: str, context_length: int | None
-) -> tuple[TokenRows | PackedRows, QEffDataManager]:
+) -> tuple[SingleRows | PackedRows, QEffDataManager]:
     settings = custom_settings(dataset_config.own)
     if split not in (*TRAIN_NAMES, *EVAL_NAMES, settings.train_split, settings.test_split):
         raise OptionError(
@@ -197,7 +283,10 @@ def _prepared(
             f"{did_you_mean(str(split), (*TRAIN_NAMES, *EVAL_NAMES))}"
         )
     manager = QEffDataManager(dataset_config.config(tokenizer, context_length), tokenizer)
+    if manager.config.streaming:
+        raise OptionError("these functions give rows by number, which a stream has not: use QEffDataManager for it.")
     train, evaluation = manager.prepare_dataset()
+    assert not isinstance(train, StreamRows)
     if split in (*TRAIN_NAMES, settings.train_split):
         return train, manager
     if evaluation is None:

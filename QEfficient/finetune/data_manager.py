@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
-from QEfficient.errors import InputError
+from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data import collate as collating
+from QEfficient.finetune.data import loader as loading
 from QEfficient.finetune.data.audit import LabelAudit
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.chat import with_template
@@ -22,11 +23,16 @@ from QEfficient.finetune.data.examples import Conversation, Example, Exchange
 from QEfficient.finetune.data.files import Rows
 from QEfficient.finetune.data.load import load_rows
 from QEfficient.finetune.data.loader import BatchLoader
-from QEfficient.finetune.data.loader import Rows as LoadedRows
+from QEfficient.finetune.data.mixed import Prepared, mixed
+from QEfficient.finetune.data.mixing import MixedRows, SingleRows
+from QEfficient.finetune.data.mixture import naming, source_config
 from QEfficient.finetune.data.packing import PackedRows
 from QEfficient.finetune.data.pairs import PREFERENCE, PairRows
 from QEfficient.finetune.data.prepare import Preparation
 from QEfficient.finetune.data.sources import Source
+from QEfficient.finetune.data.stream import StreamRows
+from QEfficient.finetune.data.stream_loader import StreamLoader
+from QEfficient.finetune.data.stream_prepare import open_beginning
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.finetune.data.tokens import TextEncoder
 from QEfficient.finetune.methods.facts import METHODS
@@ -46,6 +52,9 @@ logger = logging.getLogger("QEfficient.finetune")
 #: Part of every key: changes when the same rows would be encoded differently.
 ENCODING_VERSION = 1
 KIND = "dataset"
+
+#: What training rows are.
+TrainRows: TypeAlias = SingleRows | PackedRows | StreamRows
 
 
 class QEffDataManager:
@@ -112,7 +121,8 @@ class QEffDataManager:
 
         Returns:
             (training rows, evaluation rows or None): `TokenRows`, indexable, with ``lengths`` in tokens. With
-            ``packing`` the training rows are `PackedRows`; for methods that compare answers both are `PairRows`.
+            ``packing`` the training rows are `PackedRows`, with ``streaming`` `StreamRows`, which `get_dataloader`
+            reads; for methods that compare answers both are `PairRows`, with ``datasets`` `MixedRows`.
 
         Raises:
             InputError: missing, malformed or empty data, rows of mixed types, answers that do not fit into
@@ -121,11 +131,52 @@ class QEffDataManager:
                 template.
         """
         progress("reading data", 0, 0)
-        source = load_rows(self.config, self.tokenizer, self._custom)
+        if self.config.streaming:
+            return self._streamed(progress)
+        train: SingleRows
+        evaluation: SingleRows | None
+        if self.config.datasets is None:
+            found = self._prepared(self.config, progress)
+            train, evaluation, audit = found.train, found.evaluation, found.audit
+            self._fingerprint, self._joiner = found.key, found.joiner
+        else:
+            train, evaluation, audit = self._mixed(progress)
+        audit.notes = [*self.notes, *audit.notes]
+        self.label_names = audit.classes
+        self.audit = audit
+        if not self.config.packing:
+            return train, evaluation
+        packed = PackedRows(train, self.config.max_ctx_len)
+        audit.splits["train"].packed_rows = len(packed)
+        return packed, evaluation
+
+    def _mixed(self, progress: Progress) -> tuple[MixedRows, MixedRows | None, LabelAudit]:
+        """The rows of all ``datasets``; every source is prepared, and cached, by itself."""
+        config = self.config
+        assert config.datasets is not None
+        if self._custom is not None:
+            raise OptionError("datasets lists the sources, so a custom dataset class has no place: give one of them.")
+        sources = []
+        for place in range(len(config.datasets)):
+            with naming(place):
+                sources.append(self._prepared(source_config(config, place), progress))
+        found = mixed(sources, config)
+        weights = [item.get("weight") for item in config.datasets]
+        how = [weights, config.mixing, config.mixing_temperature, config.mixing_rows, config.seed]
+        self._fingerprint = json_digest({"sources": [source.key for source in sources], "mixing": how})
+        self._joiner = sources[0].joiner
+        if not getattr(self.tokenizer, "chat_template", None) and len({source.joiner for source in sources}) > 1:
+            found[2].notes.append("the sources join prompt and answer differently: generate asks as the first does.")
+        return found
+
+    def _prepared(self, config: QEffConfig, progress: Progress) -> Prepared:
+        """One source, from the cache where it was prepared before."""
+        return self._encoded(config, load_rows(config, self.tokenizer, self._custom), progress)[0]
+
+    def _encoded(self, config: QEffConfig, source: Source, progress: Progress) -> tuple[Prepared, Preparation]:
+        """Rows that were read, as tokens."""
         teacher = self._teacher()
-        preparation = Preparation(
-            self.config, self.tokenizer, source, None if teacher is None else self._asking(teacher)
-        )
+        preparation = Preparation(config, self.tokenizer, source, None if teacher is None else self._asking(teacher))
         key = self._key(source, preparation, teacher)
         store = ArtifactStore(cache_home(self._home))
 
@@ -134,24 +185,33 @@ class QEffDataManager:
             preparation.save(directory)
 
         found = store.build(KIND, key, build, label=f"tokenized data of {source.name}")
-        self._fingerprint = key
         train, evaluation, audit = Preparation.load(found)
-        audit.notes = [*self.notes, *audit.notes]
-        self.label_names = audit.classes
-        self._joiner = preparation.joiner
-        self.audit = audit
-        if METHODS[self.config.method].rows:
-            return self._pairs(train), None if evaluation is None else self._pairs(evaluation)
-        if not self.config.packing:
-            return train, evaluation
-        packed = PackedRows(train, self.config.max_ctx_len)
-        audit.splits["train"].packed_rows = len(packed)
-        return packed, evaluation
+        held = None if evaluation is None else self._units(evaluation)
+        return Prepared(self._units(train), held, audit, key, preparation.joiner), preparation
 
-    def _pairs(self, rows: TokenRows) -> PairRows:
-        if rows.desirable is None:
-            return PairRows(rows, PREFERENCE)
-        return PairRows.of_judged(rows, self.config.max_ctx_len)
+    def _streamed(self, progress: Progress) -> tuple[StreamRows, SingleRows | None]:
+        """Training rows that are read while training, and evaluation rows, which are read now."""
+        if self._custom is not None:
+            raise OptionError("a custom dataset class gives all rows at once: leave streaming out, or stream a file.")
+        opened = open_beginning(self.config)
+        found, preparation = self._encoded(self.config, opened.source, progress)
+        rows = StreamRows(opened, preparation, found.train, found.audit.classes)
+        self._fingerprint = json_digest({"beginning": found.key, "stream": rows.identity})
+        self._joiner = found.joiner
+        self.audit, self.label_names = found.audit, found.audit.classes
+        self.audit.notes = [*self.notes, *self.audit.notes]
+        self.audit.first_rows = len(opened.source.train) - (opened.source.held or 0)
+        if isinstance(rows.sample, PackedRows):
+            self.audit.splits["train"].packed_rows = len(rows.sample)
+        return rows, found.evaluation
+
+    def _units(self, rows: TokenRows) -> Any:
+        """What the method takes one of: a row, or a pair of rows."""
+        if METHODS[self.config.method].rows is None:
+            return rows
+        return (
+            PairRows(rows, PREFERENCE) if rows.desirable is None else PairRows.of_judged(rows, self.config.max_ctx_len)
+        )
 
     def _teacher(self) -> Teacher | None:
         """The model that answers the prompts of the data in its place, if one does."""
@@ -183,7 +243,7 @@ class QEffDataManager:
 
     def get_dataloader(
         self,
-        dataset: LoadedRows,
+        dataset: loading.Rows | StreamRows,
         batch_size: int,
         shuffle: bool = True,
         *,
@@ -192,7 +252,7 @@ class QEffDataManager:
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
         pad_to_length: int | None = None,
-    ) -> BatchLoader:
+    ) -> BatchLoader | StreamLoader:
         """Batches of a data set; iterable again and again, one epoch each time.
 
         The order is a function of (seed, epoch): ``args.data_seed`` if given, else the configuration's seed. With
@@ -211,22 +271,36 @@ class QEffDataManager:
         """
         strategy = getattr(self.args, "train_sampling_strategy", "random") if shuffle else "sequential"
         seed = getattr(self.args, "data_seed", None)
-        order = BatchOrder(
-            len(dataset),
-            batch_size,
-            self.config.seed if seed is None else seed,
-            shuffle=strategy != "sequential",
-            lengths=dataset.lengths if strategy == "group_by_length" else None,
-            drop_last=shuffle and bool(getattr(self.args, "dataloader_drop_last", False)),
-            rank=rank,
-            world_size=world_size,
-        )
+        chosen = self.config.seed if seed is None else seed
+        drop_last = shuffle and bool(getattr(self.args, "dataloader_drop_last", False))
         pad = functools.partial(
             collating.collate,
             pad_token_id=self.pad_token_id,
             padding_side=padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
             pad_to_length=pad_to_length,
+        )
+        if isinstance(dataset, StreamRows):
+            return StreamLoader(
+                dataset,
+                batch_size,
+                pad,
+                self._fingerprint,
+                seed=chosen,
+                shuffle=strategy != "sequential",
+                drop_last=drop_last,
+                rank=rank,
+                world_size=world_size,
+            )
+        order = BatchOrder(
+            len(dataset),
+            batch_size,
+            chosen,
+            shuffle=strategy != "sequential",
+            lengths=dataset.lengths if strategy == "group_by_length" else None,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
         )
         return BatchLoader(dataset, order, pad, self._fingerprint)
 

@@ -73,13 +73,16 @@ def estimate_run(run: QEfficient) -> Estimate:
         the errors of preparing a run; TrainingError: the measurement failed, for example for lack of memory.
     """
     from QEfficient.finetune.arguments import QEffTrainingArgs
+    from QEfficient.finetune.data.loader import BatchLoader
+    from QEfficient.finetune.data.stream import StreamRows
     from QEfficient.finetune.methods.build import method_of
     from QEfficient.progress import bar
 
     args = run.args or QEffTrainingArgs()
     run.args = args
     manager, data = run.parts()
-    train, _ = data.prepare_dataset()
+    prepared, _ = data.prepare_dataset()
+    train = prepared.sample if isinstance(prepared, StreamRows) else prepared
     if run.config.task == "seq_classification":
         manager.set_classes(data.label_names, data.pad_token_id)
     with bar(f"preparing {run.config.model_id}") as report:
@@ -87,6 +90,7 @@ def estimate_run(run: QEfficient) -> Estimate:
         packages = manager.compile(report)
     rows = args.per_device_train_batch_size
     loader = data.get_dataloader(train, rows)
+    assert isinstance(loader, BatchLoader)
     order = np.argsort(-np.asarray(train.lengths), kind="stable")[:rows]
     method = method_of(run.config)
     largest = method.plain(data.collate([train[int(i)] for i in order], pad_token_id=data.pad_token_id))

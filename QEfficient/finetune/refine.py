@@ -17,6 +17,7 @@ from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.methods.build import completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
@@ -187,6 +188,9 @@ class QEfficient:
         if held is not None and not self._just_evaluated(chosen):
             self.trainer.evaluate()
         self._save_final(output)
+        if isinstance(train, StreamRows) and train.left_out:
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in train.left_out.items())
+            tell(f"rows that were left out of the stream: {reasons}")
         tell(f"saved to {output}")
         self._tuned, self._inference = output, None
         return (self.load_tuned() if load else None), data.tokenizer

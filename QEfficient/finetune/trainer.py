@@ -32,16 +32,20 @@ from QEfficient.finetune.checkpoint import (
     checkpoints,
     load_tensors,
     publish,
+    read_position,
     remove_unfinished,
     resume_point,
     save_tensors,
     staging,
+    write_position,
     write_run,
 )
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.data.batching import BatchOrder
 from QEfficient.finetune.data.collate import without_labels
-from QEfficient.finetune.data.loader import Rows
+from QEfficient.finetune.data.loader import BatchLoader, Rows
+from QEfficient.finetune.data.stream import StreamRows
+from QEfficient.finetune.data.stream_loader import NumberedBatches, StreamLoader
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.meter import Meter
 from QEfficient.finetune.methods.base import Measured, Method
@@ -76,7 +80,7 @@ class QEffTrainer(Trainer):
         step: CompiledStep,
         args: QEffTrainingArgs,
         data: QEffDataManager,
-        train_dataset: Rows | None,
+        train_dataset: Rows | StreamRows | None,
         eval_dataset: Rows | None = None,
         *,
         method: Method | None = None,
@@ -90,6 +94,8 @@ class QEffTrainer(Trainer):
         self.method = method or (ClassCrossEntropy() if step.is_classifier else TokenCrossEntropy())
         #: How long writing each checkpoint of this run took.
         self.checkpoint_seconds: list[float] = []
+        self._batches: NumberedBatches | None = None
+        self._saved_position: dict[str, Any] | None = None
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:  # every trained tensor gets a gradient in every step
             args.ddp_find_unused_parameters = False
@@ -124,6 +130,8 @@ class QEffTrainer(Trainer):
         """Batches whose order is a function of (seed, epoch); every rank takes its share of each global batch."""
         if self.train_dataset is None:
             raise InputError("this trainer has no training rows: pass train_dataset.")
+        if isinstance(self.train_dataset, StreamRows):
+            return self._stream_loader(self.train_dataset)
         return self._loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -137,7 +145,22 @@ class QEffTrainer(Trainer):
         loader = self.data.get_dataloader(
             rows, batch_size, shuffle, rank=self.args.process_index, world_size=self.args.world_size
         )
+        assert isinstance(loader, BatchLoader)
         return DataLoader(_Fillable(rows), batch_sampler=_Epochs(loader.batch_sampler), collate_fn=self._collate)
+
+    def _stream_loader(self, rows: StreamRows) -> DataLoader:
+        """As many batches of a stream as the run has, in one epoch; a resumed run goes on where its checkpoint was."""
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        loader = self.data.get_dataloader(
+            rows,
+            self.args.per_device_train_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        assert isinstance(loader, StreamLoader)
+        self._batches = NumberedBatches(loader, count, self._saved_position)
+        # torch asks for the batches by number, which transformers' loop can skip without reading them.
+        return DataLoader(self._batches, batch_sampler=_Numbers(count), collate_fn=self._collate)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ the step
 
@@ -255,6 +278,7 @@ class QEffTrainer(Trainer):
             remove_unfinished(output)
         chosen = resume_point(output, resume_from_checkpoint, self.run_identity)
         self._said_zero = False
+        self._saved_position = None if chosen is None else read_position(chosen)
         return super().train(str(chosen) if chosen is not None else None, trial, ignore_keys_for_eval)
 
     def _run_epoch(self, *positional: Any, **more: Any) -> None:
@@ -330,6 +354,8 @@ class QEffTrainer(Trainer):
                 if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks, dict):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             write_run(place, self.run_identity)
+            if self._batches is not None:
+                write_position(place, self._batches.state())
             self.state.save_to_json(str(place / STATE))
 
     def _barrier(self) -> None:
@@ -456,3 +482,18 @@ class _Epochs:
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+class _Numbers:
+    """A batch sampler of batches that are asked for by number: ``[0]``, ``[1]``, …"""
+
+    batch_size, drop_last = None, False
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([number] for number in range(self.count))
+
+    def __len__(self) -> int:
+        return self.count

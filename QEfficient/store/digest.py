@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+
+from QEfficient.errors import ArtifactWriteError
+from QEfficient.store.files import replacing
 
 logger = logging.getLogger("QEfficient.store")
 
@@ -118,15 +119,12 @@ class DigestMemo:
             return False
         record = {"path": real, **_identity(status), "blake3": digest}
         target = self._record_path(real)
-        temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record), encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
+            with replacing(target, "a digest") as temporary:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(record), encoding="utf-8")
+        except ArtifactWriteError as error:
             logger.debug("the digest of %s was not remembered: %s", real, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return False
         return True
 

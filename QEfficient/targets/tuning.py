@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
 from QEfficient.errors import ArtifactWriteError
+from QEfficient.store.files import replacing
 from QEfficient.store.home import cache_home
 from QEfficient.targets.manifest import Manifest
 
@@ -67,13 +67,9 @@ def remember(manifest: Manifest, cores: int, tuning: Tuning) -> Path:
         ArtifactWriteError: the cache directory cannot be written.
     """
     path = _path(manifest, cores)
-    try:
+    with replacing(path, "the tuning of a package") as temporary:
         path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(asdict(tuning), file)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise ArtifactWriteError(f"{path} cannot be written ({error.strerror}): set QEFF_HOME elsewhere.") from error
+        temporary.write_text(json.dumps(asdict(tuning)), encoding="utf-8")
     return path
 
 

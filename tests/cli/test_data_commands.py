@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from QEfficient.cli.main import app
+from QEfficient.errors import InputError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
 
@@ -112,9 +113,21 @@ def test_inspect_counts_what_is_there(tmp_path: Path) -> None:
     first, counts, sample = said.strip().splitlines()
     assert first == f"data: {source}"
     assert counts.startswith("train: 8 rows, format prompt_completion (columns question, answer), filters leave out 1")
-    assert "1 left out with an empty value (the first: row 6)" in counts
-    assert "1 left out that cannot be read (the first: Row 7 has the columns question" in counts
+    assert "1 left out with an empty value (the first: row 7)" in counts
+    assert "1 left out that cannot be read (the first: Row 8 has the columns question" in counts
     assert json.loads(sample) == PAIRS[0]
+
+
+def test_rows_of_two_formats_are_refused_as_in_a_run(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [*PAIRS, *CHATS[:1]])
+    assert "Row 6 has the columns conversations (format sharegpt), and 5 of 6 rows" in refused("inspect", source)
+    config = QEffConfig("m", str(source))
+    with pytest.raises(InputError, match="Row 6 has the columns conversations"):
+        QEffDataManager(config, byte_tokenizer(), cache_home_dir=tmp_path).prepare_dataset()
+    # Where rows may be skipped, the most common format decides, and the odd row keeps its number.
+    said = done("inspect", source, "on_bad_row=skip")
+    assert "format prompt_completion" in said
+    assert "the first: Row 6 has" in said
 
 
 def test_inspect_as_json_and_renamed_columns(tmp_path: Path) -> None:

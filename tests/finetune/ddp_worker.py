@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from QEfficient.finetune import QEffConfig, QEfficient, QEffTrainingArgs, step_package
 
 #: Rows of a data set, of which one is held out: a global batch of 4 leaves nothing, three rows (two and one), and a
-#: single row, so that one rank has nothing to train in the last batch.
-COUNTS = {"even": 25, "uneven": 24, "idle": 26}
+#: single row, so that one rank has nothing to train in the last batch; and the last of these as a stream.
+COUNTS = {"even": 25, "uneven": 24, "idle": 26, "stream": 26}
 #: The run that a process dies in after this step; it has a checkpoint of the step before.
 KILLED, KILL_STEP = "killed", 4
 #: No other test trains this rank, so that nobody has captured the step before.
@@ -89,9 +89,12 @@ def refine(
         "max_grad_norm": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 2, "save_strategy": "epoch",
         "eval_strategy": "epoch", "logging_steps": 1, "num_cores": 1, "validate": False, "disable_tqdm": True,
     }  # fmt: skip
-    config = QEffConfig(
-        model_id=model, dataset_name=rows(count), max_ctx_len=64, train_frac=0.99, seed=1, lora_config=LORA
-    )
+    what: dict[str, Any] = {"train_frac": 0.99}
+    if output.name == "stream":
+        # Fourteen batches are two passes of 25 rows.
+        what = {"streaming": True, "shuffle_buffer_size": 8, "eval_rows": 1}
+        settings |= {"max_steps": 7, "save_strategy": "steps", "save_steps": 4}
+    config = QEffConfig(model_id=model, dataset_name=rows(count), max_ctx_len=64, seed=1, lora_config=LORA, **what)
     args = QEffTrainingArgs(output, batch_size=batch_size, **{**settings, **options})
     saves = Saves()
     QEfficient(config, args, callbacks=[saves, *callbacks]).refine(load=False, say=lambda message: None)

@@ -8,15 +8,20 @@ import threading
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 from toy_tokenizers import byte_tokenizer
 
 from QEfficient.errors import InputError, OptionError, TargetUnavailableError
 from QEfficient.finetune import (
+    QEffTrainingArgs,
     device_aware_data_loading,
     generate_dataset_config,
     get_custom_data_collator,
+    get_dataloader_kwargs,
     get_longest_seq_length,
     get_preprocessed_dataset,
+    padding_dataset,
 )
 from QEfficient.finetune.data.device_loader import DeviceLoader
 
@@ -249,3 +254,71 @@ def test_evaluation_rows_keep_their_order():
     assert isinstance(loader, DeviceLoader)
     rows = get_preprocessed_dataset(byte_tokenizer(), config, split="validation")
     assert [batch["input_ids"][0].tolist() for batch in loader] == [row["input_ids"].tolist() for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------- keywords for torch
+
+
+class Ranked(QEffTrainingArgs):
+    """Arguments of one of several processes, without the processes."""
+
+    rank, ranks = 0, 1
+
+    @property
+    def process_index(self):
+        return self.rank
+
+    @property
+    def world_size(self):
+        return self.ranks
+
+
+def ranked(rank, ranks, **options):
+    args = Ranked("out", **options)
+    args.rank, args.ranks = rank, ranks
+    return args
+
+
+def real(batches):
+    """Token ids of every row that trains something."""
+    return [
+        tuple(ids[mask != 0].tolist())
+        for batch in batches
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+        if (labels != -100).any()
+    ]
+
+
+def test_keywords_for_torch_give_the_batches_of_a_loader():
+    tokenizer, rows = byte_tokenizer(), get_preprocessed_dataset(byte_tokenizer(), made())
+    kwargs = get_dataloader_kwargs(ranked(0, 1, batch_size=4, seed=3), rows, tokenizer)
+    loader = DataLoader(rows, **kwargs)
+    assert sorted(real(loader)) == sorted(tuple(row["input_ids"].tolist()) for row in rows)
+    first = real(loader)
+    kwargs["batch_sampler"].set_epoch(1)
+    assert real(loader) != first
+    assert isinstance(next(iter(loader))["labels"], torch.Tensor)
+    held = DataLoader(rows, **get_dataloader_kwargs(ranked(0, 1, batch_size=4), rows, tokenizer, "validation"))
+    assert real(held) == [tuple(row["input_ids"].tolist()) for row in rows]
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(2, 2), (3, 2), (2, 4)])
+def test_padded_rows_are_shared_by_ranks_and_train_nothing(batch_size, world):
+    tokenizer, rows = byte_tokenizer(), get_preprocessed_dataset(byte_tokenizer(), made(train_frac=1.0))
+    padded = padding_dataset(ranked(0, world), rows, batch_size)
+    assert len(padded) % (batch_size * world) == 0
+    assert 0 <= len(padded) - len(rows) < batch_size * world
+    assert [len(row["input_ids"]) for row in padded] == padded.lengths.tolist()
+    assert all((padded[n]["labels"] == -100).all() for n in range(len(rows), len(padded)))
+    parts = [
+        list(DataLoader(padded, **get_dataloader_kwargs(ranked(rank, world, batch_size=batch_size), padded, tokenizer)))
+        for rank in range(world)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(row for part in parts for row in real(part)) == sorted(tuple(r["input_ids"].tolist()) for r in rows)
+
+
+def test_rows_that_leave_a_rank_without_one():
+    rows = get_preprocessed_dataset(byte_tokenizer(), made(train_frac=1.0))  # 23
+    with pytest.raises(OptionError, match="pass what padding_dataset returns"):
+        get_dataloader_kwargs(ranked(0, 11, batch_size=1), rows, byte_tokenizer())

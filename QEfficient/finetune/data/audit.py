@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,18 @@ MOST_BAD_ROWS = 1000
 
 #: Share of rows cut inside an answer above which a run is probably not what was meant.
 CUT_WARNING = 0.05
+
+
+class Counted(Protocol):
+    """What rows say of themselves in numbers."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def trained(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,44 @@ class SplitReport:
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
 
+@dataclass
+class SourceShare:
+    """What one source of a mixture gives to the training rows.
+
+    Attributes:
+        name, format: of the source.
+        available: rows that could be used.
+        rows: rows of the mixture; more than ``available`` where rows are repeated.
+        tokens, trained_tokens: of those rows.
+        share, token_share: of the mixture's rows and tokens, from 0 to 1.
+        filtered, dropped: as for a source by itself: filter or reason -> rows.
+        sample, sample_row: spans of one row and its number.
+    """
+
+    name: str
+    format: str
+    available: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    share: float
+    token_share: float
+    filtered: dict[str, int]
+    dropped: dict[str, int]
+    sample: list[Span]
+    sample_row: int
+
+    def line(self) -> str:
+        """For people."""
+        said = (
+            f"- {self.name}, format {self.format}: {self.rows:,} of {self.available:,} rows ({self.share:.1%}), "
+            f"{self.tokens:,} tokens ({self.token_share:.1%}), {self.trained_tokens:,} trained"
+        )
+        return said + "".join(f"; {reason}: {count:,}" for reason, count in {**self.filtered, **self.dropped}.items())
+
+
 def describe_split(
-    rows: TokenRows, rows_in: int, dropped: Counter[str], marks: Counter[str], without_end: int, per_example: int = 1
+    rows: Counted, rows_in: int, dropped: Counter[str], marks: Counter[str], without_end: int, per_example: int = 1
 ) -> SplitReport:
     """The numbers of a split; ``per_example`` tokenized rows count as one row of the source."""
     lengths = rows.lengths
@@ -105,6 +153,8 @@ class LabelAudit:
         classes: label name -> class id, for classification.
         filtered: filter -> rows it removed, before the split.
         bad_rows: why rows were left out that cannot be read, a sentence each, the first of them.
+        sources: of a mixture, what each gives to the training rows.
+        first_rows: of a stream, how many rows at its beginning the figures of training rows are of.
     """
 
     source: str
@@ -116,23 +166,28 @@ class LabelAudit:
     classes: dict[str, int] | None = None
     bad_rows: list[str] = field(default_factory=list)
     filtered: dict[str, int] = field(default_factory=dict)
+    sources: list[SourceShare] = field(default_factory=list)
+    first_rows: int | None = None
 
     def to_text(self) -> str:
         """The audit as plain text; trained spans stand between double brackets."""
-        shown = "".join(f"{OPEN}{span.text}{CLOSE}" if span.trained else span.text for span in self.sample)
-        head = f"row {self.sample_row}, trained tokens between {OPEN} and {CLOSE}:"
-        return "\n".join([*self._lines(), head, shown, *(f"note: {note}" for note in self.notes)])
+        lines = self._lines()
+        for row, sample in self._samples():
+            lines.append(f"{row}, trained tokens between {OPEN} and {CLOSE}:")
+            lines.append("".join(f"{OPEN}{span.text}{CLOSE}" if span.trained else span.text for span in sample))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_rich(self) -> Text:
         """The audit for a terminal; trained spans are bold green, masked ones dim."""
         from rich.text import Text
 
-        text = Text("\n".join(self._lines()) + "\n")
-        text.append(f"row {self.sample_row}, trained tokens in ")
-        text.append("green", "bold green")
-        text.append(":\n")
-        for span in self.sample:
-            text.append(span.text, "bold green" if span.trained else "dim")
+        text = Text("\n".join(self._lines()))
+        for row, sample in self._samples():
+            text.append(f"\n{row}, trained tokens in ")
+            text.append("green", "bold green")
+            text.append(":\n")
+            for span in sample:
+                text.append(span.text, "bold green" if span.trained else "dim")
         for note in self.notes:
             text.append(f"\nnote: {note}", "yellow")
         return text
@@ -160,7 +215,11 @@ class LabelAudit:
             kept["histogram"] = {int(bound): count for bound, count in kept["histogram"].items()}
             splits[name] = SplitReport(**kept)
         sample = [Span(**span) for span in body["sample"]]
-        return cls(**{**body, "splits": splits, "sample": sample})
+        sources = [
+            SourceShare(**{**source, "sample": [Span(**span) for span in source["sample"]]})
+            for source in body["sources"]
+        ]
+        return cls(**{**body, "splits": splits, "sample": sample, "sources": sources})
 
     def write(self, path: Path) -> Path:
         """Writes ``data_report.json`` atomically; returns the path."""
@@ -168,8 +227,16 @@ class LabelAudit:
             Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", "the data report"
         )
 
+    def _samples(self) -> list[tuple[str, list[Span]]]:
+        """What to call each row that is shown, and its spans: one row of every source."""
+        if not self.sources:
+            return [(f"row {self.sample_row}", self.sample)]
+        return [(f"row {source.sample_row} of {source.name}", source.sample) for source in self.sources]
+
     def _lines(self) -> list[str]:
         lines = [f"data: {self.source}, format {self.format}"]
+        if self.first_rows is not None:
+            lines.append(f"a stream, read while training: the figures are of its first {self.first_rows:,} rows")
         if self.filtered:
             lines.append("filtered: " + ", ".join(f"{name} {count:,}" for name, count in self.filtered.items()))
         for name, split in self.splits.items():
@@ -188,7 +255,7 @@ class LabelAudit:
             for reason, count in {**split.dropped, **split.marks}.items():
                 line += f"; {reason}: {count:,}"
             lines.append(line)
-        return lines
+        return lines + [source.line() for source in self.sources]
 
 
 def spans(rows: TokenRows, index: int, tokenizer: PreTrainedTokenizerBase) -> list[Span]:

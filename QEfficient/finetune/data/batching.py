@@ -13,13 +13,13 @@ from QEfficient.finetune.keywords import integer
 GROUPED_BATCHES = 50
 
 #: What a permutation is for, so that the same seed gives unrelated ones.
-ORDER, SPLIT, SAMPLE = 1, 2, 3
+ORDER, SPLIT, SAMPLE, MIX, STREAM = 1, 2, 3, 4, 5
 
 
-def permutation(count: int, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
+def permutation(count: int, seed: int, purpose: int, epoch: int = 0, *more: int) -> np.ndarray:
     """The numbers 0 … count-1 in an order that depends on the arguments only, int64 ``[count]``."""
     # RandomState is frozen by numpy's compatibility policy (NEP 19); a Generator's streams may change.
-    source = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, purpose, epoch])))
+    source = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, purpose, epoch, *more])))
     return source.permutation(count)
 
 

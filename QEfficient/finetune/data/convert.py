@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.examples import (
@@ -22,8 +24,10 @@ from QEfficient.finetune.data.examples import (
     Segments,
 )
 from QEfficient.finetune.data.files import Rows, Unreadable, suffix_of
-from QEfficient.finetune.data.formats import Format, Renamer, detect, read_row
-from QEfficient.finetune.data.sources import columns_of
+from QEfficient.finetune.data.filters import read_filters
+from QEfficient.finetune.data.formats import Format, read_row
+from QEfficient.finetune.data.prepare import filtered_rows
+from QEfficient.finetune.data.recognise import recognise
 from QEfficient.store.files import replacing
 from QEfficient.suggest import did_you_mean
 
@@ -38,38 +42,52 @@ class Read:
     Attributes:
         format: theirs.
         rows: as asked for, in order.
-        empty: numbers (from 1) of rows left out because a required value is empty.
+        filtered: how many filters left out.
+        empty: numbers (from 1, in the source) of rows left out because a required value is empty.
         bad: why rows were left out that cannot be read, a sentence each.
     """
 
     format: Format
     rows: list[dict[str, Any]]
+    filtered: int
     empty: list[int]
     bad: list[str]
 
 
-def read_all(config: QEffConfig, rows: Rows, form: str | None = None) -> Read:
-    """Every row, checked against the format that the columns have, and rewritten.
+def left(config: QEffConfig, rows: Rows, where: str) -> np.ndarray:
+    """Numbers of the rows that filters leave, ascending from 0; InputError when there are none."""
+    known = recognise(config, rows, where)
+    return filtered_rows(read_filters(config.filters or ()), rows, known.renamer)[0]
+
+
+def read_all(
+    config: QEffConfig, rows: Rows, where: str, form: str | None = None, numbers: Iterable[int] | None = None
+) -> Read:
+    """The rows that filters leave, checked against the format of all, and rewritten.
 
     Args:
-        config: its ``columns``, ``dataset_format``, ``task`` and ``on_bad_row`` count.
+        config: its ``columns``, ``dataset_format``, ``task``, ``filters`` and ``on_bad_row`` count.
+        where: the name of the data set, for messages.
         form: one of ``FORMS``; None keeps the format.
+        numbers: which rows, from 0, instead of those that filters leave.
 
     Raises:
         OptionError: no format fits, or rows of the format have no such form.
-        InputError: a row that does not fit, unless ``on_bad_row="skip"``.
+        InputError: a row that does not fit, unless ``on_bad_row="skip"``; or no row is left.
     """
     if form is not None and form not in FORMS:
         raise OptionError(f"rows can become {' or '.join(FORMS)}, not {form!r}.{did_you_mean(form, FORMS)}")
-    renamer = Renamer(config.columns, columns_of(rows))
-    kind = detect(renamer.names, config.kind_of_rows, config.dataset_format)
-    found = Read(kind, [], [], [])
-    for index in range(len(rows)):
+    known = recognise(config, rows, where)
+    if numbers is None:
+        numbers, _ = filtered_rows(read_filters(config.filters or ()), rows, known.renamer)
+    chosen = [int(number) for number in numbers]
+    found = Read(known.format, [], len(rows) - len(chosen), [], [])
+    for index in chosen:
         row: Any = rows[index]
         try:
             if isinstance(row, Unreadable):
                 raise InputError(row.why)
-            example = read_row(kind, renamer(row), index + 1)
+            example = read_row(known.format, known.renamer(row), index + 1)
         except InputError as error:
             if config.on_bad_row == "error":
                 raise
@@ -78,7 +96,7 @@ def read_all(config: QEffConfig, rows: Rows, form: str | None = None) -> Read:
         if example is None:
             found.empty.append(index + 1)
         else:
-            found.rows.append(renamer(row) if form is None else rewritten(example, form))
+            found.rows.append(known.renamer(row) if form is None else rewritten(example, form))
     return found
 
 

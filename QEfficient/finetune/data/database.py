@@ -6,6 +6,7 @@ import datetime
 import decimal
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_plus
@@ -35,7 +36,15 @@ def without_password(name: str) -> str:
 
 
 def read_database(name: str, query: str | None, table: str | None) -> list[dict[str, Any]]:
-    """The rows of a query, or of a table in the order of its primary key.
+    """All rows that `stream_database` gives; InputError when there are none."""
+    rows = list(stream_database(name, query, table))
+    if not rows:
+        raise InputError(f"There are no rows in what was read from {without_password(name)}.")
+    return rows
+
+
+def stream_database(name: str, query: str | None, table: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a query, or of a table in the order of its primary key, as the server hands them out.
 
     Args:
         name: SQLAlchemy URL; ``${NAME}`` in it is taken from the environment.
@@ -45,7 +54,7 @@ def read_database(name: str, query: str | None, table: str | None) -> list[dict[
     Raises:
         OptionError: neither query nor table, both, a query that does not only read, an unknown table, a driver or
             SQLAlchemy that is not installed, or a variable that is not set.
-        InputError: the database cannot be reached, refuses the query, returns no rows, or holds binary values.
+        InputError: the database cannot be reached, refuses the query, or holds binary values.
     """
     if query is not None and table is not None:
         raise OptionError("dataset_query and dataset_table both say what to read: give one of them.")
@@ -62,18 +71,13 @@ def read_database(name: str, query: str | None, table: str | None) -> list[dict[
             columns = list(result.keys())
             if len(set(columns)) != len(columns):
                 raise InputError(f"The query to {shown} has a column twice ({', '.join(columns)}): name them apart.")
-            rows = [
-                {column: _plain(value, column, number) for column, value in zip(columns, row, strict=True)}
-                for number, row in enumerate(result, start=1)
-            ]
+            for number, row in enumerate(result, start=1):
+                yield {column: _plain(value, column, number) for column, value in zip(columns, row, strict=True)}
     except exc.SQLAlchemyError as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise InputError(f"{shown} cannot be read ({reason[:300]}): check the query and the connection.") from None
     finally:
         engine.dispose()
-    if not rows:
-        raise InputError(f"There are no rows in what was read from {shown}.")
-    return rows
 
 
 def _engine(name: str, shown: str) -> Engine:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from QEfficient.finetune.keywords import short
 from QEfficient.finetune.settings_file import nearest_file
 
 Rows = Sequence[dict[str, Any]]
+
+#: Rows of a Parquet file that are in memory at a time.
+_PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,23 @@ def read_file(path: Path, bad: OnBad = stop) -> Rows:
     reader = READERS.get(suffix_of(path))
     if reader is None:
         raise InputError(f"{path} has a suffix that is no data format: use {', '.join(sorted(READERS))}.")
-    try:
+    with explained(path):
         rows = reader(path, bad)
+        rows = list(rows) if isinstance(rows, Iterator) else rows
+    if not len(rows):
+        raise InputError(f"There are no rows in {path}.")
+    return check_rows(rows, str(path), bad) if isinstance(rows, list) else rows
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while text is read into an InputError about the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it.") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path} cannot be decompressed ({error}): make it again.") from error
-    if not len(rows):
-        raise InputError(f"There are no rows in {path}.")
-    return check_rows(rows, str(path), bad) if isinstance(rows, list) else rows
 
 
 def check_rows(rows: list[Any], where: str, bad: OnBad = stop) -> list[Any]:
@@ -82,22 +95,28 @@ def check_rows(rows: list[Any], where: str, bad: OnBad = stop) -> list[Any]:
     if bad is stop:
         check_types(rows, where)
         return rows
+    usual = usual_kinds(rows)
+    return [check_row(row, number, where, usual, bad) for number, row in enumerate(rows, start=1)]
+
+
+def usual_kinds(rows: Iterable[Any]) -> dict[str, str]:
+    """Column -> the kind of value that most rows have there."""
     kinds: dict[str, Counter[str]] = {}
     for row in rows:
         for name, value in row.items() if isinstance(row, dict) else ():
             if (kind := _kind(value)) is not None:
                 kinds.setdefault(name, Counter())[kind] += 1
-    usual = {name: counts.most_common(1)[0][0] for name, counts in kinds.items()}
-    return [_checked(row, number, where, usual, bad) for number, row in enumerate(rows, start=1)]
+    return {name: counts.most_common(1)[0][0] for name, counts in kinds.items()}
 
 
-def _checked(row: Any, number: int, where: str, usual: dict[str, str], bad: OnBad) -> Any:
+def check_row(row: Any, number: int, where: str, usual: Mapping[str, str], bad: OnBad) -> Any:
+    """The row, or ``bad`` in its place if it is no dict or has another kind of value than is usual in a column."""
     if isinstance(row, Unreadable):
         return row
     if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
         return bad(f"Row {number} of {where} is {short(row)}, and a row must be an object with named columns.")
     for name, value in row.items():
-        if _kind(value) not in (None, usual.get(name)):
+        if name in usual and _kind(value) not in (None, usual[name]):
             return bad(f"Row {number} of {where} holds {_kind(value)} in {name!r}, and others {usual[name]}.")
     return row
 
@@ -149,8 +168,7 @@ def _open(path: Path) -> io.TextIOBase:
     return open(path, encoding="utf-8-sig", newline="")
 
 
-def _json_lines(path: Path, bad: OnBad) -> list[Any]:
-    rows: list[Any] = []
+def _json_lines(path: Path, bad: OnBad) -> Iterator[Any]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -161,8 +179,7 @@ def _json_lines(path: Path, bad: OnBad) -> list[Any]:
                 row = bad(f"Line {number} of {path} is not JSON ({error}): correct or remove it.")
             if not isinstance(row, dict | Unreadable):
                 row = bad(f"Line {number} of {path} is {short(row)}, and a row must be an object.")
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _json(path: Path, bad: OnBad) -> list[Any]:
@@ -176,7 +193,7 @@ def _json(path: Path, bad: OnBad) -> list[Any]:
         # Several objects in a .json file are JSON Lines under another name.
         first = body.lstrip().splitlines()[0]
         if _is_object(first) and len(body.strip().splitlines()) > 1:
-            return _json_lines(path, bad)
+            return list(_json_lines(path, bad))
         raise InputError(f"{path} is not JSON ({error}): correct it.") from error
     if isinstance(found, dict):
         found = _unwrapped(path, found)
@@ -205,9 +222,8 @@ def _unwrapped(path: Path, found: dict[str, Any]) -> Any:
     return [found]
 
 
-def _separated(separator: str) -> Callable[[Path, OnBad], list[Any]]:
-    def read(path: Path, bad: OnBad) -> list[Any]:
-        rows: list[Any] = []
+def _separated(separator: str) -> Callable[[Path, OnBad], Iterator[Any]]:
+    def read(path: Path, bad: OnBad) -> Iterator[Any]:
         with _open(path) as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             try:
@@ -220,23 +236,25 @@ def _separated(separator: str) -> Callable[[Path, OnBad], list[Any]]:
                 try:
                     row = next(reader, None)
                 except csv.Error as error:
-                    rows.append(bad(f"Line {reader.line_num} of {path} is malformed ({error}): correct it."))
+                    yield bad(f"Line {reader.line_num} of {path} is malformed ({error}): correct it.")
                     continue
                 if row is None:
-                    return rows
+                    return
                 # DictReader puts surplus fields under None and fills missing ones with None.
                 if None in row or None in row.values():
-                    rows.append(bad(f"Line {reader.line_num} of {path} does not have {len(names)} fields."))
+                    yield bad(f"Line {reader.line_num} of {path} does not have {len(names)} fields.")
                 else:
-                    rows.append(dict(row))
+                    yield dict(row)
 
     return read
 
 
-def _text(path: Path, bad: OnBad) -> list[Any]:
+def _text(path: Path, bad: OnBad) -> Iterator[Any]:
     del bad  # every line is a row
     with _open(path) as file:
-        return [{"text": line} for line in file.read().splitlines() if line.strip()]
+        for part in file:
+            # Of characters that end a line, a file knows some and a text more.
+            yield from ({"text": line} for line in part.splitlines() if line.strip())
 
 
 def _arrow(kind: str) -> Callable[[Path, OnBad], Any]:
@@ -248,9 +266,58 @@ def _arrow(kind: str) -> Callable[[Path, OnBad], Any]:
         try:
             return Dataset.from_parquet(str(path)) if kind == "parquet" else Dataset.from_file(str(path))
         except (pyarrow.ArrowInvalid, OSError, ValueError) as error:
-            raise InputError(f"{path} is not a readable {kind} file ({short(str(error))}): make it again.") from error
+            raise _not_arrow(path, kind, error) from error
 
     return read
+
+
+def _not_arrow(path: Path, kind: str, error: Exception) -> InputError:
+    return InputError(f"{path} is not a readable {kind} file ({short(str(error))}): make it again.")
+
+
+def stream_file(path: Path, bad: OnBad = stop, skip: int = 0) -> Iterator[Any]:
+    """The rows of a data file one after the other, without all of it in memory; rows are not compared with others.
+
+    Args:
+        path: a file that is there.
+        bad: what is done with a malformed row.
+        skip: rows to leave out at the beginning.
+
+    Raises:
+        InputError: at once, a format that has to be read as a whole; while reading, malformed content.
+    """
+    suffix = suffix_of(path)
+    if suffix == ".json" or suffix not in READERS:
+        known = ", ".join(sorted(set(READERS) - {".json"}))
+        raise InputError(
+            f"{path} cannot be streamed, only {known} can: write it as .jsonl, as qefficient data convert does."
+        )
+    return _parquet_rows(path, skip) if suffix == ".parquet" else _rows_from(path, bad, skip)
+
+
+def _rows_from(path: Path, bad: OnBad, skip: int) -> Iterator[Any]:
+    with explained(path):
+        # An Arrow file is mapped, so it is not in memory either.
+        yield from itertools.islice(iter(READERS[suffix_of(path)](path, bad)), skip, None)
+
+
+def _parquet_rows(path: Path, skip: int) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise _not_arrow(path, "parquet", error) from error
+    with file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if skip < count:
+                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group]):
+                    yield from batch.slice(min(skip, len(batch))).to_pylist()
+                    skip = max(0, skip - len(batch))
+            else:
+                skip -= count
 
 
 #: Suffix -> reader.

@@ -33,11 +33,13 @@ class Filter:
         name: what reports call it.
         identity: what decides its result, as JSON values.
         start: a fresh `Keep`, for one data set.
+        remembers: whether it compares a row with all before it.
     """
 
     name: str
     identity: tuple[Any, ...]
     start: Callable[[], Keep]
+    remembers: bool = False
 
 
 def read_filters(specs: Any) -> tuple[Filter, ...]:
@@ -57,7 +59,7 @@ def read_filters(specs: Any) -> tuple[Filter, ...]:
 def _read(spec: Any) -> Filter:
     step = read_step(spec, "a filter", FILTERS)
     start = step.made if not step.own else lambda: lambda row: bool(step.made(row))
-    return Filter(step.name, step.identity, start)
+    return Filter(step.name, step.identity, start, not step.own and step.name in _REMEMBERING)
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -167,6 +169,10 @@ FILTERS: dict[str, tuple[Callable[..., Callable[[], Keep]], dict[str, Any]]] = {
     "min_words": (_min_words, {"least": None}),
     "max_words": (_max_words, {"most": None}),
 }
+
+
+#: Those that compare a row with all before it.
+_REMEMBERING = ("dedupe", "near_duplicates")
 
 
 def apply_filters(filters: Sequence[Filter], rows: Sequence[tuple[int, Row]]) -> tuple[list[int], Counter[str]]:

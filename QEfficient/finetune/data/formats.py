@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -230,11 +230,11 @@ def _hidden_by(columns: Mapping[str, str]) -> set[str]:
     return names - set(columns)
 
 
-def read_row(kind: Format, row: Row, number: int) -> Example | None:
+def read_row(kind: Format, row: Row, number: int | str) -> Example | None:
     """One row as an example; None when a required value is empty.
 
     Raises:
-        InputError: a value does not fit the format; the message has the row's number (from 1).
+        InputError: a value does not fit the format; the message has the row's number (from 1), or what it is called.
     """
     if not kind.matches(frozenset(row)):
         raise InputError(
@@ -277,11 +277,12 @@ def _first_match(columns: frozenset[str]) -> str | None:
     return next((item.name for item in _ALL if item.matches(columns)), None)
 
 
-def check_one_format(rows: Iterable[Row]) -> None:
+def check_one_format(rows: Iterable[Row], labels: Sequence[str] | None = None) -> None:
     """Refuses rows of different formats: `detect` would see their columns together and blame the wrong row.
 
     Args:
         rows: after ``Renamer``.
+        labels: what to call each after the word "Row"; None numbers them from 1.
 
     Raises:
         InputError: naming the first row that differs from most rows (from the first, where neither kind has more).
@@ -298,9 +299,10 @@ def check_one_format(rows: Iterable[Row]) -> None:
     usual = counts.most_common(1)[0][0]  # among equals the one that came first
     odd, (number, names) = next((name, place) for name, place in first.items() if name != usual)
     since, others = first[usual]
+    called = (number, since) if labels is None else (labels[number - 1], labels[since - 1])
     raise InputError(
-        f"Row {number} has {_listed(names)} ({_called(odd)}), and {counts[usual]} of {counts.total()} rows, such as "
-        f"row {since}, have {_listed(others)} ({_called(usual)}): give every row the same columns."
+        f"Row {called[0]} has {_listed(names)} ({_called(odd)}), and {counts[usual]} of {counts.total()} rows, such as "
+        f"row {called[1]}, have {_listed(others)} ({_called(usual)}): give every row the same columns."
     )
 
 

@@ -24,6 +24,20 @@ class Rows(Protocol):
     def lengths(self) -> np.ndarray: ...
 
 
+def check_position(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuses a saved position that depends on something else.
+
+    Raises:
+        OptionError: naming what differs.
+    """
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise OptionError(
+                f"The saved position is for {name}={state.get(name)!r} and this run has {value!r}: resume with the "
+                "data and options the run began with."
+            )
+
+
 class BatchLoader:
     """Iterable over batches; every iteration is one epoch, and the epoch after it follows on its own.
 
@@ -105,12 +119,7 @@ class BatchLoader:
         Raises:
             OptionError: the state is of other data, another batch size or another seed.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise OptionError(
-                    f"The saved position is for {name}={state.get(name)!r} and this run has {value!r}: resume with the "
-                    "data and options the run began with."
-                )
+        check_position(state, self._identity())
         batch = int(state["batch"])
         epoch = int(state["epoch"])
         if batch >= len(self):

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from QEfficient.errors import InputError
-from QEfficient.finetune.data.token_rows import Item, TokenRows
+from QEfficient.finetune.data.mixing import SingleRows
+from QEfficient.finetune.data.token_rows import Item
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -52,7 +53,7 @@ class PackedRows:
 
     classes = False
 
-    def __init__(self, rows: TokenRows, capacity: int) -> None:
+    def __init__(self, rows: SingleRows, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self.bins = pack(rows.lengths, capacity)
 

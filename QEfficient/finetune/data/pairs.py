@@ -24,6 +24,8 @@ class PairRows:
     """
 
     classes = False
+    #: Of single tokens; the rows of a pair have their own.
+    weights = None
 
     def __init__(
         self, rows: TokenRows, names: tuple[str, str], columns: Mapping[str, np.ndarray] | None = None
@@ -52,10 +54,6 @@ class PairRows:
         pairs = TokenRows(joined["input_ids"], joined["labels"], offsets, np.repeat(rows.numbers, 2))
         return cls(pairs, JUDGED, {"desirable": np.asarray(rows.desirable)})
 
-    def with_columns(self, **columns: np.ndarray) -> PairRows:
-        """The same pairs with further columns."""
-        return PairRows(self.rows, self.names, {**self.columns, **columns})
-
     def __len__(self) -> int:
         return len(self.rows) // 2
 
@@ -72,8 +70,8 @@ class PairRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the longer row of every pair, int64 ``[pairs]``: both are padded to it."""
-        return self.rows.lengths.reshape(-1, 2).max(axis=1)
+        """Tokens of both rows of every pair, int64 ``[pairs]``."""
+        return self.rows.lengths.reshape(-1, 2).sum(axis=1)
 
     @property
     def trained(self) -> np.ndarray:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOpti
 from QEfficient.finetune.data.examples import Example
 from QEfficient.finetune.data.files import Rows, Unreadable
 from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
-from QEfficient.finetune.data.formats import Renamer, check_one_format, detect, pairs_in, read_row, usual_names
-from QEfficient.finetune.data.sources import Source, columns_of
+from QEfficient.finetune.data.formats import Renamer, pairs_in, read_row
+from QEfficient.finetune.data.recognise import recognise
+from QEfficient.finetune.data.sources import Source
 from QEfficient.finetune.data.token_rows import TokenRows
 from QEfficient.progress import Progress
 
@@ -102,17 +103,10 @@ class Preparation:
         respond: Callable[[Sequence[Example], Progress], list[Example]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.source, self._respond = config, tokenizer, source, respond
-        if isinstance(source.train, list) and all(isinstance(row, Unreadable) for row in source.train):
-            raise InputError(f"No row of {source.name} can be read, the first: {source.train[0].why}")
-        self._renamer = Renamer(config.columns, columns_of(source.train))
-        self._names_of_rows = self._renamer.names
-        if config.dataset_format == "auto" and isinstance(source.train, list):  # others have the same columns anyway
-            rows = (self._renamer(row) for row in source.train if not isinstance(row, Unreadable))
-            if config.on_bad_row == "skip":
-                self._names_of_rows = usual_names(rows)
-            else:
-                check_one_format(rows)
-        self.format = detect(self._names_of_rows, config.kind_of_rows, config.dataset_format)
+        #: Number of a training row, from 1 -> the example with another answer, where `respond` gives them.
+        self._answers: dict[int, Example] = {}
+        found = recognise(config, source.train, source.name, source.labels)
+        self.renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
         self.bad_rows: list[str] = []
         self._filters = read_filters(config.filters or ())
         self._augmentations = read_augmentations(config.augment or ())
@@ -165,7 +159,8 @@ class Preparation:
         filters = [item.identity for item in self._filters]
         augment = [item.identity for item in self._augmentations]
         values = {name: getattr(self.config, name) for name in names}
-        return {"format": self.format.name, "filters": filters, "augment": augment, **values}
+        beginning = {} if self.source.held is None else {"held": self.source.held}
+        return {"format": self.format.name, "filters": filters, "augment": augment, **values, **beginning}
 
     def run(self, progress: Progress) -> None:
         """Does the work.
@@ -176,9 +171,9 @@ class Preparation:
         config, source = self.config, self.source
         usable = self._filtered(source.train, progress)
         if source.evaluation is None:
-            train, evaluation = (usable[part] for part in split_rows(len(usable), config.train_frac, config.seed))
+            train, evaluation = self._split(usable)
             parts = {"train": (source.train, train), "eval": (source.train, evaluation)}
-            if not len(evaluation) and config.train_frac < 1:
+            if not len(evaluation) and config.train_frac < 1 and source.held is None:
                 self.notes.append("there is one row only, so there are none for evaluation.")
         else:
             parts = {
@@ -215,11 +210,19 @@ class Preparation:
             self._done[name] = tokens, report
         self._audit = self._make_audit()
 
+    def _split(self, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the numbers of usable rows, those to train on and those for evaluation."""
+        held = self.source.held
+        if held is None:
+            train, evaluation = split_rows(len(usable), self.config.train_frac, self.config.seed)
+            return usable[train], usable[evaluation]
+        return usable[usable >= held], usable[usable < held]
+
     def _filtered(self, rows: Rows, progress: Progress) -> np.ndarray:
         """Numbers of the rows that filters leave, ascending from 0; rows that cannot be read stay, to be counted."""
         if self._filters:
             progress("filtering rows", 0, len(rows))
-        numbers, removed = filtered_rows(self._filters, rows, self._renamer)
+        numbers, removed = filtered_rows(self._filters, rows, self.renamer)
         self.filtered.update(removed)
         return numbers
 
@@ -229,15 +232,16 @@ class Preparation:
         found: list[tuple[int, Encoded]] = []
         dropped: Counter[str] = Counter()
         marks: Counter[str] = Counter()
-        needs: list[tuple[int, int]] = []
-        answers = self._answers(rows, numbers, progress) if name == "train" else {}
+        needs: list[tuple[int, int | str]] = []
+        labels = self.source.labels if rows is self.source.train else None
+        if name == "train" and self._respond is not None:
+            self._answers = self._answered(rows, numbers, progress)
         for done, index in enumerate(numbers.tolist()):
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
             try:
-                variants = [
-                    self._rows_of(row, index + 1, answers) for row in self._variants(name, rows[index], index + 1)
-                ]
+                label = labels[index] if labels is not None else index + 1
+                variants = self.encode(rows[index], label, augment=name == "train", place=index + 1)
             except InputError as error:
                 if self.config.on_bad_row == "error":
                     raise
@@ -250,7 +254,7 @@ class Preparation:
                     dropped["empty"] += 1
                 elif isinstance(made, Dropped):
                     dropped[made.reason] += 1
-                    needs += [(made.needs, index + 1)] if made.needs else []
+                    needs += [(made.needs, label)] if made.needs else []
                 else:
                     marks.update(set().union(*(row.marks for row in made)))
                     found += [(index + 1, row) for row in made]
@@ -258,38 +262,52 @@ class Preparation:
             raise InputError(self._too_long(name, needs, len(numbers)))
         return found, dropped, marks
 
-    def _variants(self, name: str, row: Any, number: int) -> list[Any]:
-        """A row of the source under our column names; of training rows, what augmentation makes of it."""
+    def encode(self, row: Any, label: int | str, *, augment: bool, place: int) -> list[list[Encoded] | Dropped | None]:
+        """A row of the source as tokens; several, or none, where augmentation makes so many of it.
+
+        Args:
+            label: the row's number, or what messages call it after the word "Row".
+            augment: whether the row is trained on.
+            place: its number from 1, on which augmentation depends besides the seed.
+
+        Returns:
+            Tokens (of both answers of a preference), why they are left out, or None where a required value is empty.
+
+        Raises:
+            InputError: the row cannot be read.
+        """
         if isinstance(row, Unreadable):
             raise InputError(row.why)
-        renamed = self._renamer(row)
-        if name != "train" or not self._augmentations:
-            return [renamed]
-        return augmented(self._augmentations, renamed, self.config.seed, number)
+        renamed = self.renamer(row)
+        variants = [renamed]
+        if augment and self._augmentations:
+            variants = augmented(self._augmentations, renamed, self.config.seed, place)
+        answered = self._answers.get(place) if augment else None
+        return [self._rows_of(variant, label, answered) for variant in variants]
 
-    def _answers(self, rows: Rows, numbers: np.ndarray, progress: Progress) -> dict[int, Example]:
-        """Row number, from 1 -> the example with the answer that `respond` gives; unreadable rows come up later."""
-        if self._respond is None:
-            return {}
+    def _answered(self, rows: Rows, numbers: np.ndarray, progress: Progress) -> dict[int, Example]:
+        """Number of a row, from 1 -> its example with the answer of `respond`; unreadable rows come up later."""
+        assert self._respond is not None
         found: dict[int, Example] = {}
         for index in numbers.tolist():
             with contextlib.suppress(InputError):
-                example = read_row(self.format, self._variants("train", rows[index], index + 1)[0], index + 1)
+                row = rows[index]
+                example = None if isinstance(row, Unreadable) else read_row(self.format, self.renamer(row), index + 1)
                 found |= {} if example is None else {index + 1: example}
         return dict(zip(found, self._respond([*found.values()], progress), strict=True))
 
-    def _rows_of(self, row: Any, number: int, answers: Mapping[int, Example]) -> list[Encoded] | Dropped | None:
+    def _rows_of(self, row: Any, label: int | str, answered: Example | None) -> list[Encoded] | Dropped | None:
         """A row as tokens, twice for a pair; None when a required value is empty, InputError when it cannot be read."""
-        example = answers.get(number) or read_row(self.format, row, number)
+        example = answered or read_row(self.format, row, label)
         if example is None:
             return None
         try:
             return self._encoder.rows(example)
         except InputError as error:
-            raise InputError(f"Row {number} cannot be encoded: {error}") from error
+            raise InputError(f"Row {label} cannot be encoded: {error}") from error
 
-    def _too_long(self, name: str, needs: list[tuple[int, int]], count: int) -> str:
-        longest, number = max(needs)
+    def _too_long(self, name: str, needs: list[tuple[int, int | str]], count: int) -> str:
+        longest, number = max(needs, key=lambda need: need[0])
         if self.config.truncation == "error":
             return (
                 f"{len(needs)} of {count} {name} rows are longer than max_ctx_len={self.config.max_ctx_len} (the "
@@ -333,7 +351,7 @@ class Preparation:
             )
         train = self._done["train"][0]
         if self.format.name == "tokenized" and not {"labels", "completion_mask", "assistant_masks"} & set(
-            self._renamer.names
+            self.renamer.names
         ):
             self.notes.append("the rows have input_ids and no labels, so every token is trained.")
         return LabelAudit(

@@ -35,10 +35,15 @@ def _applied(function: UserFunction, rows: Rows) -> Rows:
     found: list[Any] = []
     for index in range(len(rows)):
         row: Any = rows[index]
-        new = row if isinstance(row, Unreadable) else function.call(dict(row))
-        if new is None:
-            continue
-        if not isinstance(new, Mapping | Unreadable):
-            raise InputError(f"{function.name} must return a row or None, and made {short(new)} of row {index + 1}.")
-        found.append(new)
+        new = row if isinstance(row, Unreadable) else one_row(function, row, index + 1)
+        if new is not None:
+            found.append(new)
     return rows_of(found, where, check=False)
+
+
+def one_row(function: UserFunction, row: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
+    """What a function makes of a row; None drops it. InputError when that is no row."""
+    new = function.call(dict(row))
+    if new is not None and not isinstance(new, Mapping):
+        raise InputError(f"{function.name} must return a row or None, and made {short(new)} of row {number}.")
+    return new

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,16 @@ class Source:
         train: the rows; all of them when there is no evaluation split.
         evaluation: the source's own evaluation rows, or None.
         notes: what was decided about the splits, one sentence each.
+        held: how many rows at the beginning of ``train`` are for evaluation; None divides by ``train_frac``.
+        labels: what messages call each row of ``train`` after the word "Row"; None numbers them from 1.
     """
 
     name: str
     train: Rows
     evaluation: Rows | None = None
     notes: tuple[str, ...] = ()
+    held: int | None = None
+    labels: tuple[str, ...] | None = None
 
 
 def load_source(config: QEffConfig) -> Source:
@@ -61,7 +66,7 @@ def load_source(config: QEffConfig) -> Source:
         InputError: data that is missing, malformed, empty or of mixed types.
         OptionError: a split that does not exist, or a name that is nothing known.
     """
-    data, bad = config.dataset_name, _on_bad(config)
+    data, bad = config.dataset_name, on_bad(config)
     if data is None:
         raise OptionError(
             "QEffConfig needs dataset_name: 'sample', a file, a directory, a hub id or a list of rows; only a custom "
@@ -79,8 +84,7 @@ def load_source(config: QEffConfig) -> Source:
     if config.dataset_query is not None or config.dataset_table is not None:
         raise OptionError(f"dataset_query and dataset_table are for databases, and {data!r} is no database URL.")
     path = Path(data).expanduser()
-    named = is_data_file(path) or path.is_absolute() or data.startswith((".", "~")) or not _HUB_ID.fullmatch(data)
-    if path.exists() or named:
+    if path.exists() or is_data_file(path) or not is_hub_id(data):
         return choose_splits(str(path), from_path(path, config), config)
     return choose_splits(data, from_hub(data, config.dataset_config), config)
 
@@ -88,7 +92,7 @@ def load_source(config: QEffConfig) -> Source:
 def from_path(path: Path, config: QEffConfig) -> Splits:
     """The splits of a file or a directory; InputError when there is none."""
     if path.is_file():
-        return {"train": read_file(path, _on_bad(config))}
+        return {"train": read_file(path, on_bad(config))}
     if path.is_dir():
         return _from_directory(path, config)
     if path.exists():
@@ -96,13 +100,24 @@ def from_path(path: Path, config: QEffConfig) -> Splits:
     raise InputError(f"There is no data at {path}.{nearest_file(path)}")
 
 
-def _on_bad(config: QEffConfig) -> OnBad:
+def on_bad(config: QEffConfig) -> OnBad:
     return Unreadable if config.on_bad_row == "skip" else stop
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one of the hub, and is no path."""
+    written = Path(name).is_absolute() or name.startswith((".", "~"))
+    return not written and _HUB_ID.fullmatch(name) is not None
+
+
+def bundled_file(name: str) -> Path:
+    """The file that is installed under a name of ``BUNDLED``."""
+    return _SAMPLES / BUNDLED[name]
 
 
 def bundled_rows(name: str) -> Rows:
     """The rows that are installed under a name of ``BUNDLED``."""
-    return read_file(_SAMPLES / BUNDLED[name])
+    return read_file(bundled_file(name))
 
 
 def _from_memory(data: Any, bad: OnBad = stop) -> Splits:
@@ -145,9 +160,14 @@ def _is_arrow(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "column_names")
 
 
-def _from_directory(path: Path, config: QEffConfig) -> Splits:
+def is_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` of ``datasets`` wrote a directory."""
     names = {entry.name for entry in path.iterdir()}
-    if "dataset_dict.json" in names or ("state.json" in names and "dataset_info.json" in names):
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+
+
+def _from_directory(path: Path, config: QEffConfig) -> Splits:
+    if is_saved(path):
         from datasets import load_from_disk
 
         return _from_memory(load_from_disk(str(path)))
@@ -162,7 +182,7 @@ def _from_directory(path: Path, config: QEffConfig) -> Splits:
     if not known and len(files) == 1:
         known = {"train": files[0]}
     if known:
-        return {name: read_file(file, _on_bad(config)) for name, file in known.items()}
+        return {name: read_file(file, on_bad(config)) for name, file in known.items()}
     return from_hub(str(path), config.dataset_config)
 
 
@@ -177,10 +197,24 @@ def from_hub(name: str, subset: str | None, otherwise: str | None = None) -> Spl
     Raises:
         InputError: it cannot be loaded.
     """
+    return _from_memory(load_hub(name, subset, otherwise))
+
+
+def load_hub(name: str, subset: str | None, otherwise: str | None = None, streaming: bool = False) -> Any:
+    """What ``datasets`` makes of a hub id or a directory; see `from_hub`."""
+    import datasets
+
+    with hub_errors(name, otherwise):
+        return datasets.load_dataset(name, subset, streaming=streaming)
+
+
+@contextmanager
+def hub_errors(name: str, otherwise: str | None = None) -> Iterator[None]:
+    """Turns what ``datasets`` raises while it loads or streams into an InputError that says what else can be done."""
     import datasets
 
     try:
-        found = datasets.load_dataset(name, subset)
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         # datasets raises its own subclasses of these: not found, no network, no such subset, a malformed file.
         reason = " ".join(str(error).split())
@@ -189,11 +223,16 @@ def from_hub(name: str, subset: str | None, otherwise: str | None = None) -> Spl
             f"The data set {name} cannot be loaded ({reason[:300]}): check the name, the network and dataset_config, "
             f"{instead}"
         ) from error
-    return _from_memory(found)
 
 
 def choose_splits(name: str, splits: Splits, config: QEffConfig) -> Source:
-    """Which split is trained on and which is for evaluation.
+    """Which split is trained on and which is for evaluation; see `split_names`."""
+    train, evaluation, notes = split_names(name, splits, config)
+    return Source(name, splits[train], None if evaluation is None else splits[evaluation], notes)
+
+
+def split_names(name: str, splits: Collection[str], config: QEffConfig) -> tuple[str, str | None, tuple[str, ...]]:
+    """(split to train on, split for evaluation or None, what to say about it).
 
     Raises:
         OptionError: the configuration names a split that does not exist, or none is for training.
@@ -209,14 +248,17 @@ def choose_splits(name: str, splits: Splits, config: QEffConfig) -> Source:
     if eval_name is None and config.train_frac < 1:
         eval_name = next((known for known in EVAL_NAMES if known in splits and known != train_name), None)
     if eval_name is None:
-        return Source(name, splits[train_name])
+        return train_name, None, ()
     if eval_name == train_name:
         raise OptionError(f"train_split and eval_split are both {eval_name!r}: a model must be measured on other rows.")
-    notes = (f"the rows of the split {eval_name!r} are for evaluation, so train_frac is not used.",)
-    return Source(name, splits[train_name], splits[eval_name], notes)
+    return (
+        train_name,
+        eval_name,
+        (f"the rows of the split {eval_name!r} are for evaluation, so train_frac is not used.",),
+    )
 
 
-def _named(name: str | None, splits: Mapping[str, Rows], option: str) -> str | None:
+def _named(name: str | None, splits: Collection[str], option: str) -> str | None:
     if name is not None and name not in splits:
         raise OptionError(
             f"{option}={name!r} is no split of the data, which has {', '.join(sorted(splits))}."

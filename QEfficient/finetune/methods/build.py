@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from QEfficient.finetune.config import QEffConfig
-from QEfficient.finetune.data.pairs import PairRows
 from QEfficient.finetune.methods.base import Method
 from QEfficient.finetune.methods.cross_entropy import ClassCrossEntropy, TokenCrossEntropy
 from QEfficient.finetune.methods.distill import Distill
@@ -67,13 +66,13 @@ def completed(
         teacher = teacher_of(config, manager.home)
         teacher.require_vocabulary(manager.tokenizer)
         assert config.teacher_top is not None
-        return teacher.taught(rows, f"{data}/{split}", config.teacher_top, report)  # type: ignore[arg-type]
+        return teacher.taught(rows, f"{data}/{split}", config.teacher_top, report)
     if not config.needs_reference:
         return rows
-    assert isinstance(rows, PairRows)
     identity: dict[str, Any] = {
         "data": data,
         "split": split,
+        "kind": config.kind_of_rows,
         "model": json_digest(manager.init_model().identity),
         "base_weights": args.base_weights,
     }

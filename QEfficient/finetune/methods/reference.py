@@ -11,7 +11,8 @@ import torch
 
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.data.collate import collate
-from QEfficient.finetune.data.pairs import PairRows
+from QEfficient.finetune.data.columns import WithColumns
+from QEfficient.finetune.data.loader import Rows
 from QEfficient.finetune.methods.base import sequence_logprobs
 from QEfficient.progress import Progress, silent
 from QEfficient.store.digest import json_digest
@@ -22,7 +23,7 @@ _FILE = "logprobs.npy"
 
 
 def with_reference(
-    pairs: PairRows,
+    pairs: Rows,
     step: CompiledStep,
     store: ArtifactStore,
     identity: Mapping[str, Any],
@@ -30,10 +31,11 @@ def with_reference(
     batch_size: int,
     pad_token_id: int = 0,
     progress: Progress = silent,
-) -> PairRows:
+) -> WithColumns:
     """The pairs with a column ``reference``, float32 [pairs, 2]: log p of both answers under the untrained model.
 
     Args:
+        pairs: rows that are pairs, as `PairRows` has them.
         step: with the weights that training begins with; a LoRA adapter is switched off.
         identity: JSON values that decide the result: the data, the model, its precision.
         batch_size: pairs computed at once.
@@ -50,6 +52,6 @@ def with_reference(
             found[begin : begin + len(part)] = sequence_logprobs(step, batch, adapter=adapter).reshape(2, -1).T
         np.save(directory / _FILE, found, allow_pickle=False)
 
-    key = json_digest({"artefact": "reference log-probabilities", "names": list(pairs.names), **identity})
+    key = json_digest({"artefact": "reference log-probabilities", **identity})
     place = store.build(KIND, key, build, "log-probabilities of the reference")
-    return pairs.with_columns(reference=np.load(place / _FILE, allow_pickle=False))
+    return WithColumns(pairs, reference=np.load(place / _FILE, allow_pickle=False))

@@ -13,7 +13,8 @@ import torch
 from QEfficient.errors import InputError, OptionError
 from QEfficient.finetune.data.encode import EncodeOptions, RowEncoder
 from QEfficient.finetune.data.examples import Conversation, Example, Exchange
-from QEfficient.finetune.data.token_rows import Item, TokenRows
+from QEfficient.finetune.data.loader import Rows
+from QEfficient.finetune.data.token_rows import Item
 from QEfficient.finetune.tokenizer_files import load_tokenizer
 from QEfficient.models.hub import resolve
 from QEfficient.models.source import CheckpointSource
@@ -39,8 +40,9 @@ class TaughtRows:
 
     classes = False
 
-    def __init__(self, rows: TokenRows, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    def __init__(self, rows: Rows, ids: np.ndarray, logprobs: np.ndarray) -> None:
         self.rows, self.ids, self.logprobs = rows, ids, logprobs
+        self._offsets = _offsets(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,7 +50,7 @@ class TaughtRows:
     def __getitem__(self, index: int) -> Item:
         item = self.rows[index]
         index %= len(self.rows)
-        span = slice(self.rows.offsets[index], self.rows.offsets[index + 1])
+        span = slice(self._offsets[index], self._offsets[index + 1])
         teacher = {"teacher_ids": self.ids[span].astype(np.int64), "teacher_logprobs": np.array(self.logprobs[span])}
         return {**item, **teacher}
 
@@ -60,10 +62,10 @@ class TaughtRows:
         """Tokens of every row, int64 ``[N]``."""
         return self.rows.lengths
 
-    @property
-    def trained(self) -> np.ndarray:
-        """Trained tokens of every row, int64 ``[N]``."""
-        return self.rows.trained
+
+def _offsets(rows: Rows) -> np.ndarray:
+    """Where each row starts in a list of all tokens, and the end, int64 ``[N + 1]``."""
+    return np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int64)
 
 
 class Teacher:
@@ -99,7 +101,7 @@ class Teacher:
                 "cannot be compared: use distillation='response'."
             )
 
-    def taught(self, rows: TokenRows, data: str, top: int, progress: Progress = silent) -> TaughtRows:
+    def taught(self, rows: Rows, data: str, top: int, progress: Progress = silent) -> TaughtRows:
         """The rows with the teacher's ``top`` likeliest tokens at every place that is trained; cached.
 
         Args:
@@ -110,14 +112,15 @@ class Teacher:
             raise OptionError(f"teacher_top={top} is more than the {vocabulary} tokens the teacher knows: lower it.")
 
         def build(directory: Path) -> None:
-            ids = np.zeros((len(rows.ids), top), np.int32)
-            logprobs = np.full((len(rows.ids), top), -np.log(top), np.float32)
+            offsets = _offsets(rows)
+            ids = np.zeros((offsets[-1], top), np.int32)
+            logprobs = np.full((offsets[-1], top), -np.log(top), np.float32)
             model: Any = self.source.load("AutoModelForCausalLM").eval()
             for number in range(len(rows)):
                 progress("the teacher's probabilities", number, len(rows))
-                begin, end = rows.offsets[number], rows.offsets[number + 1]
+                begin, end = offsets[number], offsets[number + 1]
                 if end - begin > 1:
-                    found = _likeliest(model, np.asarray(rows.ids[begin:end]), top)
+                    found = _likeliest(model, np.asarray(rows[number]["input_ids"]), top)
                     ids[begin + 1 : end], logprobs[begin + 1 : end] = found
             np.save(directory / _IDS, ids, allow_pickle=False)
             np.save(directory / _LOGPROBS, logprobs, allow_pickle=False)
