@@ -9,15 +9,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from QEfficient.errors import InputError, OptionError
+from QEfficient.errors import OptionError
 from QEfficient.exporter.quiet import quiet
+from QEfficient.finetune.answers import Answers
 from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
+from QEfficient.finetune.eval_samples import EvalSamples, check_samples
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
@@ -76,7 +77,7 @@ class QEfficient:
         self.trainer: QEffTrainer | None = None
         self.proof: ProofReport | None = None
         self._tuned: Path | None = None
-        self._inference: Any = None
+        self._answers: Answers | None = None
 
     def refine(
         self,
@@ -123,13 +124,16 @@ class QEfficient:
         if chosen.overwrite_output_dir and not chosen.resume_from_checkpoint and chosen.should_save:
             for path in checkpoints(output):
                 shutil.rmtree(path)
+        if chosen.eval_prompts is not None:
+            check_samples(self.config)
         manager = self._manager()
         data = self._data(manager)
         train, held = data.prepare_dataset()
         tell(data.audit)
-        if held is None and chosen.eval_strategy != "no":
+        if held is None and (chosen.eval_strategy != "no" or chosen.eval_prompts is not None):
+            name = "eval_prompts" if chosen.eval_prompts is not None else "eval_strategy"
             raise OptionError(
-                "eval_strategy needs evaluation rows, and there are none: lower train_frac or leave eval_strategy out."
+                f"{name} needs evaluation rows, and there are none: lower train_frac or leave {name} out."
             )
         if data.label_names is not None:
             classes = manager.set_classes(data.label_names, data.pad_token_id)
@@ -164,6 +168,8 @@ class QEfficient:
             tokenizer=data.tokenizer,
             base_files=manager.base_files(),
         )
+        if chosen.eval_prompts is not None and chosen.process_index == 0:
+            self.trainer.add_callback(EvalSamples(manager, data, step, chosen, tell))
         if validate and not earlier and chosen.process_index == 0:
             self._prove(step, tell, output)
         if earlier and not asked:
@@ -176,7 +182,7 @@ class QEfficient:
             self.trainer.evaluate()
         self._save_final(output)
         tell(f"saved to {output}")
-        self._tuned, self._inference = output, None
+        self._tuned, self._answers = output, None
         return (self.load_tuned() if load else None), data.tokenizer
 
     def generate(
@@ -209,27 +215,12 @@ class QEfficient:
                 )
                 for p in prompt
             ]
-        manager = self._manager()
-        data = self._data(manager)
-        ids = data.prompt_ids(prompt)
-        if max_new_tokens is None:
-            limit = 100 if max_length is None else max_length
-            max_new_tokens = limit - len(ids)
-            if max_new_tokens < 1:
-                raise InputError(f"the prompt has {len(ids)} tokens and max_length={limit} leaves no room: raise it.")
-        if self._inference is None:
-            self._inference = manager.inference(self._tuned)
-        if "eos_token_id" not in settings and data.tokenizer.eos_token_id is not None:
-            # Answers were trained to end with the tokenizer's end token, which the model's own settings may not know.
-            own = manager.source.generation_config().get("eos_token_id")
-            known = own if isinstance(own, list) else [] if own is None else [own]
-            settings = {**settings, "eos_token_id": [*known, data.tokenizer.eos_token_id]}
-        out = self._inference.generate(
-            input_ids=np.asarray([ids], np.int64), max_new_tokens=max_new_tokens, **{"do_sample": False, **settings}
+        if self._answers is None:
+            manager = self._manager()
+            self._answers = Answers(manager, self._data(manager), self._tuned)
+        return self._answers.answer(
+            prompt, max_length, max_new_tokens=max_new_tokens, return_full_text=return_full_text, **settings
         )
-        row = np.asarray(out)[0].tolist()
-        shown = row if return_full_text else row[len(ids) :]
-        return str(data.tokenizer.decode(shown, skip_special_tokens=True))
 
     def load_tuned(self) -> Any:
         """The tuned model in torch, float32: a ``PeftModel``, or a transformers model after full fine-tuning."""
