@@ -15,6 +15,7 @@ from QEfficient.errors import OptionError
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.answers import Answers
 from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.card import CARD, is_ours, write_card
 from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data_manager import QEffDataManager
@@ -23,15 +24,12 @@ from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
 from QEfficient.finetune.reference import reference_model
+from QEfficient.finetune.run_record import ARGUMENTS_FILE, CONFIG_FILE, PROOF_FILE, RUN_FILE, write_record
 from QEfficient.finetune.settings_file import write_settings
 from QEfficient.finetune.trainer import QEffTrainer
 from QEfficient.progress import bar
 from QEfficient.store.files import write_errors
 from QEfficient.transforms.onnx.queue import TransformLike, resolve
-
-CONFIG_FILE, ARGUMENTS_FILE, PROOF_FILE = "refine_config.yaml", "training_args.yaml", "validate.json"
-#: Both of the first two as one file, which `qefficient finetune` runs again.
-RUN_FILE = "run.yaml"
 
 
 class QEfficient:
@@ -181,6 +179,10 @@ class QEfficient:
         if held is not None and not self._just_evaluated(chosen):
             self.trainer.evaluate()
         self._save_final(output)
+        if chosen.should_save and began != self.trainer.state.global_step:
+            write_record(output, self.config, chosen, step, self.trainer.state.global_step)
+            if is_ours(output / CARD):
+                write_card(output)
         tell(f"saved to {output}")
         self._tuned, self._answers = output, None
         return (self.load_tuned() if load else None), data.tokenizer
