@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,25 @@ class Answers:
 
     Args:
         tuned: directory with an adapter or a whole model; None is the base model.
-
-    Raises:
-        UnsupportedModelError: the model generates no text, or its adapter is of a kind that a package has no inputs
-            for.
     """
 
     def __init__(self, manager: QEffModelManager, data: QEffDataManager, tuned: Path | None) -> None:
-        self.data = data
-        self.model: Any = manager.inference(tuned)
+        self.manager, self.data, self.tuned = manager, data, tuned
         # Answers were trained to end with the tokenizer's end token, which the model's own settings may not know.
         own = manager.source.generation_config().get("eos_token_id")
         known = own if isinstance(own, list) else [] if own is None else [own]
         end = data.tokenizer.eos_token_id
         self._ends = {} if end is None else {"eos_token_id": [*known, end]}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The inference model, compiled when it is first needed.
+
+        Raises:
+            UnsupportedModelError: the task generates no text, or the adapter is of a kind that a package has no
+                inputs for.
+        """
+        return self.manager.inference(self.tuned)
 
     @property
     def ctx_len(self) -> int | None:

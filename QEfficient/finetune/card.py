@@ -44,7 +44,7 @@ def write_card(directory: str | Path) -> Path:
 
 def is_ours(path: Path) -> bool:
     """Whether the file may be replaced: a card of ours, or none at all."""
-    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
 def card_text(directory: str | Path) -> str:
@@ -69,7 +69,8 @@ def card_text(directory: str | Path) -> str:
         "",
         f"{'A LoRA adapter for' if adapter else 'Fine-tuned from'} {record['base_model']['name']}, trained through a "
         f"compiled ONNX step ({record['target']}).",
-        *_section("Loss", ("", "before", f"after {record['steps']:,} steps"), _losses(rows)),
+        *_section("Held-out rows", ("", "before training", "these weights"), _held_out(rows)),
+        *_section("Training loss", ("optimizer step", "loss per trained token"), _training_loss(rows)),
         *_section("What was trained", ("", ""), _trained(record, what, adapter)),
         *_section("Data", ("", "rows", "tokens", "trained tokens"), _data(place / "data_report.json", record)),
         *_section("Options", ("option", "value"), _options(what, how)),
@@ -98,22 +99,27 @@ def _header(record: Mapping[str, Any], task: str, adapter: bool) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _losses(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _held_out(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The last evaluation of a run is of the weights it saves, which may be an earlier step's."""
     held = [row for row in rows if isinstance(row.get("eval_loss"), int | float)]
-    trained = [row for row in rows if isinstance(row.get("loss"), int | float)]
-    found: Table = []
-    if held:
-        first = held[0] if held[0]["step"] == 0 else {}
-        for key, name in (("loss", "held-out loss"), ("perplexity", "perplexity"), ("accuracy", "accuracy")):
-            if f"eval_{key}" in held[-1]:
-                found.append((name, _number(first.get(f"eval_{key}")), _number(held[-1][f"eval_{key}"])))
-    if trained:
-        found.append(("training loss, first and last logged", *(_number(r["loss"]) for r in (trained[0], trained[-1]))))
-    return found
+    if not held:
+        return []
+    first, last = held[0] if held[0]["step"] == 0 else {}, held[-1]
+    keys = (key for key in ("eval_loss", "eval_perplexity", "eval_accuracy") if key in last)
+    return [(key.removeprefix("eval_"), _number(first.get(key)), _number(last[key])) for key in keys]
+
+
+def _training_loss(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The first and the last one that was logged."""
+    logged = [(f"{row['step']:,}", _number(row["loss"])) for row in rows if isinstance(row.get("loss"), int | float)]
+    return list(dict.fromkeys([*logged[:1], *logged[-1:]]))
 
 
 def _trained(record: Mapping[str, Any], what: Mapping[str, Any], adapter: bool) -> Table:
-    found: Table = [("parameters", f"{record['trained_parameters']:,} in {record['trained_tensors']:,} tensors")]
+    found: Table = [
+        ("parameters", f"{record['trained_parameters']:,} in {record['trained_tensors']:,} tensors"),
+        ("optimizer steps", f"{record['steps']:,}"),
+    ]
     if adapter:
         found += [(f"lora_config.{name}", f"`{value}`") for name, value in (what.get("lora_config") or {}).items()]
     elif what.get("trainable"):
@@ -124,13 +130,10 @@ def _trained(record: Mapping[str, Any], what: Mapping[str, Any], adapter: bool) 
 def _data(report: Path, record: Mapping[str, Any]) -> Table:
     if not report.is_file():
         return []
+    source, names = record["dataset"]["name"], {"train": "training", "eval": "held out"}
     splits = json.loads(report.read_text(encoding="utf-8"))["splits"]
-    names = {"train": "training", "eval": "held out"}
     return [
-        (
-            f"{record['dataset']['name']}, {names[name]}",
-            *(f"{split[k]:,}" for k in ("rows", "tokens", "trained_tokens")),
-        )
+        (f"{source}, {names[name]}", f"{split['rows']:,}", f"{split['tokens']:,}", f"{split['trained_tokens']:,}")
         for name, split in splits.items()
     ]
 

@@ -72,7 +72,7 @@ class EvalSamples(TrainerCallback):
         room = self.answers.ctx_len
         for number, prompt in enumerate(self.prompts, 1):
             length, wanted = len(data.prompt_ids(prompt)), self.settings["max_new_tokens"]
-            if room is not None and length + wanted > room:
+            if room is not None and length + wanted - 1 > room:  # the last token is never stored
                 raise ContextLengthError(
                     f"prompt {number} of eval_prompts has {length} tokens, and {wanted} new ones do not fit into the "
                     f"{room} of the model's context: shorten it, or lower max_new_tokens in eval_generation."

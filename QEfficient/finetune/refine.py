@@ -24,7 +24,14 @@ from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
 from QEfficient.finetune.reference import reference_model
-from QEfficient.finetune.run_record import ARGUMENTS_FILE, CONFIG_FILE, PROOF_FILE, RUN_FILE, write_record
+from QEfficient.finetune.run_record import (
+    ARGUMENTS_FILE,
+    CONFIG_FILE,
+    PROOF_FILE,
+    RUN_FILE,
+    forget_record,
+    write_record,
+)
 from QEfficient.finetune.settings_file import write_settings
 from QEfficient.finetune.trainer import QEffTrainer
 from QEfficient.progress import bar
@@ -119,11 +126,11 @@ class QEfficient:
         self, chosen: QEffTrainingArgs, output: Path, validate: bool, tell: Callable[[Any], None], load: bool
     ) -> tuple[Any, Any]:
         """`refine`, once the output directory is there and nobody else writes to it."""
+        if chosen.eval_prompts is not None:
+            check_samples(self.config)
         if chosen.overwrite_output_dir and not chosen.resume_from_checkpoint and chosen.should_save:
             for path in checkpoints(output):
                 shutil.rmtree(path)
-        if chosen.eval_prompts is not None:
-            check_samples(self.config)
         manager = self._manager()
         data = self._data(manager)
         train, held = data.prepare_dataset()
@@ -144,6 +151,8 @@ class QEfficient:
             identity = {**manager.identity(), "data": data.fingerprint}
             resume_point(output, asked or bool(earlier), identity)
         if chosen.should_save:
+            if not (asked or earlier or chosen.dry_run):
+                forget_record(output)
             data.write_report(output)
             self.config.save(output / CONFIG_FILE)
             chosen.save(output / ARGUMENTS_FILE)

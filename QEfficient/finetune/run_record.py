@@ -55,6 +55,12 @@ def write_record(directory: Path, config: QEffConfig, args: QEffTrainingArgs, st
     return write_text(directory / RUN, json.dumps(body, indent=1) + "\n", "the record of the run")
 
 
+def forget_record(directory: Path) -> None:
+    """Removes what an earlier run measured, before a new one begins: its numbers are not the new one's."""
+    for name in (RUN, PROOF_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """What `write_record` wrote; InputError when there was no run."""
     try:

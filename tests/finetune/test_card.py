@@ -53,16 +53,16 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
     held, trained = [r for r in rows if "eval_loss" in r], [r for r in rows if "loss" in r]
     assert [held[0]["step"], held[-1]["step"], len(trained)] == [0, 3, 3]
-    assert found["Loss"] == {
-        "held-out loss": [f"{held[0]['eval_loss']:.4f}", f"{held[-1]['eval_loss']:.4f}"],
-        "perplexity": [f"{r['eval_perplexity']:,.0f}" if r["eval_perplexity"] >= 100 else f"{r['eval_perplexity']:.4f}"
-                       for r in (held[0], held[-1])],
-        "training loss, first and last logged": [f"{trained[0]['loss']:.4f}", f"{trained[-1]['loss']:.4f}"],
+    figures = [f"{r['eval_perplexity']:.4f}" if r["eval_perplexity"] < 100 else f"{r['eval_perplexity']:,.0f}"
+               for r in (held[0], held[-1])]  # fmt: skip
+    assert found["Held-out rows"] == {
+        "loss": [f"{held[0]['eval_loss']:.4f}", f"{held[-1]['eval_loss']:.4f}"], "perplexity": figures,
     }  # fmt: skip
+    assert found["Training loss"] == {"1": [f"{trained[0]['loss']:.4f}"], "3": [f"{trained[-1]['loss']:.4f}"]}
     tensors = load_file(run / "adapter_model.safetensors")
     assert found["What was trained"] == {
         "parameters": [f"{sum(t.size for t in tensors.values()):,} in {len(tensors)} tensors"],
-        "lora_config.r": ["`4`"], "lora_config.target_modules": ["`all-linear`"],
+        "optimizer steps": ["3"], "lora_config.r": ["`4`"], "lora_config.target_modules": ["`all-linear`"],
     }  # fmt: skip
     report = json.loads((run / "data_report.json").read_text())["splits"]
     assert found["Data"] == {
@@ -110,9 +110,12 @@ def test_names_that_the_hub_knows(run: Path, tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_not_there(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
     """No held-out rows and no proof."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "validate.json").write_text('{"an": "earlier run\'s"}')
     output = tuned(tiny_checkpoint, rows_file, tmp_path / "out", {"train_frac": 1.0}, validate=False, max_steps=1)
     found = tables((output / "README.md").read_text())
-    assert list(found["Loss"]) == ["training loss, first and last logged"]
+    assert "Held-out rows" not in found
+    assert list(found["Training loss"]) == ["1"], "one step, one line"
     assert "First step against torch autograd" not in found
     assert list(found["Data"]) == ["rows.jsonl, training"]
     assert not any("evaluations" in name for name in found["Cost"])
@@ -126,7 +129,7 @@ def test_a_run_without_an_adapter(run: Path, tmp_path: Path) -> None:
     assert command("card", copy).exit_code == 0
     card = ModelCard.load(copy / "README.md")
     assert (card.data.library_name, card.data.tags) == ("transformers", ["qefficient"])
-    assert list(tables(card.text)["What was trained"]) == ["parameters", "trainable"]
+    assert list(tables(card.text)["What was trained"]) == ["parameters", "optimizer steps", "trainable"]
 
 
 def test_a_card_of_ones_own_stays(run: Path, tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:

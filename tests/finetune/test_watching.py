@@ -133,7 +133,7 @@ def test_a_continued_run_replaces_the_samples_after_its_checkpoint(
         ({"lora_config": None, "trainable": ("*q_proj*",)}, {}, OptionError, "eval_prompts needs lora_config"),
         ({"task": "seq_classification"}, {}, OptionError, "needs a model that generates text"),
         ({"train_frac": 1.0}, {}, OptionError, "eval_prompts needs evaluation rows"),
-        ({}, {"eval_generation": {"max_new_tokens": 120}}, ContextLengthError, "prompt 2 of eval_prompts has"),
+        ({}, {"eval_generation": {"max_new_tokens": 121}}, ContextLengthError, "prompt 2 of eval_prompts has 9 tokens"),
         (
             {"lora_config": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}, {},
             OptionError, r"does not go with lora_config\.modules_to_save",
