@@ -45,7 +45,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
     Rates are of training alone: evaluation rows have a ``tokens_per_second`` under another name.
     """
-    found = {key: [] for panel in PANELS for key in panel.curves}  # type: dict[str, Points]
+    found: dict[str, Points] = {key: [] for panel in PANELS for key in panel.curves}
     for row in rows:
         for key, points in found.items():
             value = row.get(key)
