@@ -76,6 +76,10 @@ resume-test: $(STAMP)  ## Kill a fine-tuning run at 10 random moments and check 
 clean:  ## Remove the environment and caches of tools
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
+.PHONY: requirements
+requirements:  ## Write requirements/*.txt from pyproject.toml
+	$(PYTHON) requirements/generate.py
+
 .PHONY: docs
 docs: $(STAMP)  ## Write the pages that are made from the code
 	$(BIN)/python -m QEfficient.finetune.option_table docs/finetuning_options.md

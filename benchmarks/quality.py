@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from shapes import DEMO_MODEL, ROOT, demo_shape
 
+from QEfficient.evaluate.perplexity import log_softmax
+
 if TYPE_CHECKING:
     from peers.contenders import Contender
     from peers.prepare import Run
@@ -51,13 +53,6 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosine similarity of the rows of two matrices."""
     lengths = np.linalg.norm(reference, axis=1) * np.linalg.norm(other, axis=1)
     return (reference * other).sum(axis=1) / lengths
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64, so that the difference of two nearly equal distributions is not noise."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def windows(file: Path | None, count: int) -> list[list[int]]:

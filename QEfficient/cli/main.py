@@ -8,6 +8,7 @@ import typer
 
 # Nothing heavy may be imported from here on: torch, transformers and ONNX Runtime wait inside the commands.
 from QEfficient.cli import cache, data
+from QEfficient.cli.card import card
 from QEfficient.cli.command import add_command
 from QEfficient.cli.compile import compile
 from QEfficient.cli.doctor import doctor
@@ -17,6 +18,8 @@ from QEfficient.cli.export import export
 from QEfficient.cli.finetune import finetune
 from QEfficient.cli.infer import infer
 from QEfficient.cli.merge import merge
+from QEfficient.cli.push import push
+from QEfficient.cli.quantize import quantize
 from QEfficient.cli.tune import tune
 from QEfficient.cli.validate import validate
 from QEfficient.version import __version__
@@ -54,7 +57,7 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, execute, validate, tune, finetune, merge, doctor):
+for _command in (infer, embed, export, compile, quantize, execute, validate, tune, finetune, merge, card, push, doctor):
     add_command(app, _command, open_ended=_command is finetune)
 app.add_typer(cache.app)
 app.add_typer(data.app)

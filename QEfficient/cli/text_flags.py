@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from QEfficient.cli.common import check_texts, read_lines
+from QEfficient.cli.common import check_texts
 from QEfficient.errors import InputError
+from QEfficient.lines import read_lines
 
 _GENERATION = "Generation"
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from QEfficient.cli.common import check_texts, json_text, read_lines
+from QEfficient.cli.common import check_texts, json_text
 from QEfficient.errors import ArtifactWriteError, InputError
+from QEfficient.lines import read_lines
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from QEfficient.errors import InputError, OptionError
+from QEfficient.lines import read_lines
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.options import CompileOptions
 
@@ -127,7 +128,7 @@ def compile_options(values: argparse.Namespace) -> CompileOptions:
 
 def prompts(values: argparse.Namespace) -> list[str]:
     """The prompts a command line names; InputError when there is none or an empty one."""
-    from QEfficient.cli.common import check_texts, read_lines
+    from QEfficient.cli.common import check_texts
 
     if (values.prompt is None) == (values.prompts_txt_file_path is None):
         raise InputError("pass either --prompt or --prompts-txt-file-path.")

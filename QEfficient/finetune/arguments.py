@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from QEfficient.engine.settings import GenerationSettings
 from QEfficient.errors import OptionError
 from QEfficient.finetune.keywords import (
     boolean,
@@ -28,6 +29,7 @@ from QEfficient.finetune.keywords import (
 )
 from QEfficient.finetune.methods.facts import GREATER_IS_BETTER
 from QEfficient.finetune.settings_file import read_settings, write_settings
+from QEfficient.lines import read_lines
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.registry import ALIASES as TARGET_ALIASES
 from QEfficient.targets.registry import TARGETS
@@ -64,6 +66,9 @@ RENAMED = ("warmup_ratio", "group_by_length")
 #: What `QEffTrainer.evaluate` measures, of one method or another.
 METRICS = ("loss", "perplexity", *GREATER_IS_BETTER)
 
+#: Most tokens of an answer to ``eval_prompts``.
+EVAL_TOKENS = 64
+
 #: Integer options -> their least value, where that is not 1.
 _LEAST = {"max_ctx_len": 2, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0, "local_rank": -1, "max_steps": -1}
 
@@ -84,7 +89,7 @@ _REFUSED = {
     "neftune_noise_alpha": _NOT_IN_A_COMPILED_STEP,
     "use_liger_kernel": _NOT_IN_A_COMPILED_STEP,
     "label_smoothing_factor": "the step returns the log-probability of the labels only",
-    "push_to_hub": "training runs offline, and `hf upload REPOSITORY OUTPUT_DIR` publishes what it wrote",
+    "push_to_hub": "training runs offline, and `qefficient push OUTPUT_DIR REPO_ID` publishes what it wrote",
 }
 
 #: Reduced precision that the host's runtime has no backward kernels for.
@@ -120,7 +125,9 @@ class QEffTrainingArgs(TrainingArguments):
         early_stopping_threshold: what counts as better is better by more than this.
         epoch_decay: the learning rate is multiplied by this after every epoch, instead of following
             ``lr_scheduler_type``.
-        plot: write a picture of the loss.
+        plot: write a picture of loss, learning rate, gradient norm and throughput.
+        eval_prompts: texts, or a file with one per line, that the adapter answers at every evaluation.
+        eval_generation: generation settings of these answers, by name; greedy and at most 64 tokens by default.
         logging_dir: where ``metrics.jsonl`` goes; None means ``<output_dir>/logs``.
         overwrite_output_dir: train from the start where ``output_dir`` holds an earlier run.
 
@@ -152,6 +159,8 @@ class QEffTrainingArgs(TrainingArguments):
     early_stopping_threshold: float = 0.0
     epoch_decay: float | None = None
     plot: bool = True
+    eval_prompts: list[str] | str | None = None
+    eval_generation: dict[str, Any] | None = None
     logging_dir: str | None = None
     overwrite_output_dir: bool = False
 
@@ -190,10 +199,26 @@ class QEffTrainingArgs(TrainingArguments):
                 self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in GREATER_IS_BETTER
         choice("base_weights", self.base_weights, BASE_WEIGHTS)
         choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING)
+        self._check_samples()
         self._check_target()
         for name, reason in _REFUSED.items():
             if getattr(self, name) not in (None, False, 0, "", [], {}):
                 raise OptionError(f"{name} is not supported, because {reason}: leave it out.")
+
+    def _check_samples(self) -> None:
+        if self.eval_prompts is None:
+            if self.eval_generation is not None:
+                raise OptionError("eval_generation says how eval_prompts are answered: give these, or leave it out.")
+            return
+        asked = self.eval_prompts
+        prompts = read_lines(Path(asked)) if isinstance(asked, str | os.PathLike) else asked
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise OptionError(f"eval_prompts must be a list of texts, or a file of them, got {short(asked)}.")
+        self.eval_prompts = [text("a prompt of eval_prompts", prompt) for prompt in prompts]
+        given = {} if self.eval_generation is None else mapping("eval_generation", self.eval_generation)
+        self.eval_generation = {"max_new_tokens": EVAL_TOKENS, **given}
+        integer("max_new_tokens in eval_generation", self.eval_generation["max_new_tokens"])
+        GenerationSettings.resolve({}, overrides=self.eval_generation)
 
     def _check_numbers(self) -> None:
         if type(self.max_steps) is not int or self.max_steps == 0 or self.max_steps < -1:

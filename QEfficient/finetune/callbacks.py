@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: a progress line, a metrics file, a picture of the loss."""
+"""What a run shows and writes while it trains: a progress line and a metrics file."""
 
 from __future__ import annotations
 
@@ -11,25 +11,55 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from QEfficient.finetune.settings_file import write_text
+
 METRICS_FILE = "metrics.jsonl"
+
+
+class RowFile:
+    """A file of one JSON object per line, each of an optimizer step. Appended to, and cut back when a run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, step: int) -> None:
+        """Keeps the rows up to ``step``, from which a run goes on; a run from the start (0) keeps none."""
+        kept = [row for row in read_rows(self.path) if row.get("step", 0) <= step] if step else []
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "the run's records")
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Appends rows; not-a-number and infinity, which JSON has no words for, as text."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+                file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a file; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 class MetricsFile(TrainerCallback):
     """Appends one JSON object per log event to ``metrics.jsonl``. A resumed run drops rows after its checkpoint."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / METRICS_FILE
+        self.rows = RowFile(directory / METRICS_FILE)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= state.global_step]
-        if state.global_step == 0:
-            kept = []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            self.rows.begin(state.global_step)
 
     def on_log(
         self,
@@ -40,24 +70,7 @@ class MetricsFile(TrainerCallback):
         **more: Any,
     ) -> None:
         if logs and state.is_world_process_zero:
-            row = {"step": state.global_step, "epoch": state.epoch, **logs}
-            row = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+            self.rows.add({"step": state.global_step, "epoch": state.epoch, **logs})
 
 
 class ProgressLine(TrainerCallback):
@@ -137,44 +150,3 @@ def _eval_line(logs: dict[str, Any], state: TrainerState) -> str:
     if "eval_accuracy" in logs:
         parts.append(f"accuracy {logs['eval_accuracy']:.4f}")
     return " | ".join(parts)
-
-
-class LossPlot(TrainerCallback):
-    """Draws ``loss.png`` from the metrics file when training ends."""
-
-    def __init__(self, metrics: Path, picture: Path) -> None:
-        self.metrics, self.picture = metrics, picture
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        if state.is_world_process_zero:
-            draw_losses(read_metrics(self.metrics), self.picture)
-
-
-def draw_losses(rows: list[dict[str, Any]], picture: Path) -> bool:
-    """Loss, learning rate and gradient norm over steps as a PNG; False when there is nothing to draw."""
-    trained = [(r["step"], r["loss"]) for r in rows if isinstance(r.get("loss"), int | float)]
-    if not trained:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    held = [(r["step"], r["eval_loss"]) for r in rows if isinstance(r.get("eval_loss"), int | float)]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    top.plot(*zip(*trained, strict=True), label="training", linewidth=1)
-    if held:
-        top.plot(*zip(*held, strict=True), "o-", label="held out")
-    top.set_ylabel("loss per trained token")
-    top.legend()
-    for name in ("learning_rate", "grad_norm"):
-        points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
-        if points:
-            bottom.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
-    bottom.set_yscale("log")
-    bottom.set_xlabel("optimizer step")
-    bottom.legend()
-    temporary = picture.with_name(f".{picture.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(picture)
-    return True

@@ -9,31 +9,37 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from QEfficient.errors import InputError, OptionError
+from QEfficient.errors import OptionError
 from QEfficient.exporter.quiet import quiet
+from QEfficient.finetune.answers import Answers
 from QEfficient.finetune.arguments import QEffTrainingArgs
+from QEfficient.finetune.card import CARD, is_ours, write_card
 from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, staging
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
+from QEfficient.finetune.eval_samples import EvalSamples, check_samples
 from QEfficient.finetune.methods.build import completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
 from QEfficient.finetune.ranks import LOCK, shared_checkpoints
 from QEfficient.finetune.reference import reference_model
+from QEfficient.finetune.run_record import (
+    ARGUMENTS_FILE,
+    CONFIG_FILE,
+    PROOF_FILE,
+    RUN_FILE,
+    forget_record,
+    write_record,
+)
 from QEfficient.finetune.settings_file import write_settings
 from QEfficient.finetune.trainer import QEffTrainer
 from QEfficient.progress import bar
 from QEfficient.store.files import write_errors
 from QEfficient.transforms.onnx.queue import TransformLike, resolve
-
-CONFIG_FILE, ARGUMENTS_FILE, PROOF_FILE = "refine_config.yaml", "training_args.yaml", "validate.json"
-#: Both of the first two as one file, which `qefficient finetune` runs again.
-RUN_FILE = "run.yaml"
 
 
 class QEfficient:
@@ -79,7 +85,7 @@ class QEfficient:
         self.trainer: QEffTrainer | None = None
         self.proof: ProofReport | None = None
         self._tuned: Path | None = None
-        self._inference: Any = None
+        self._answers: Answers | None = None
 
     def refine(
         self,
@@ -124,6 +130,8 @@ class QEfficient:
         self, chosen: QEffTrainingArgs, output: Path, validate: bool, tell: Callable[[Any], None], load: bool
     ) -> tuple[Any, Any]:
         """`refine`, once the output directory is there and nobody else writes to it."""
+        if chosen.eval_prompts is not None:
+            check_samples(self.config)
         if chosen.overwrite_output_dir and not chosen.resume_from_checkpoint and chosen.should_save:
             for path in checkpoints(output):
                 shutil.rmtree(path)
@@ -131,9 +139,10 @@ class QEfficient:
         data = self._data(manager)
         train, held = data.prepare_dataset()
         tell(data.audit)
-        if held is None and chosen.eval_strategy != "no":
+        if held is None and (chosen.eval_strategy != "no" or chosen.eval_prompts is not None):
+            name = "eval_prompts" if chosen.eval_prompts is not None else "eval_strategy"
             raise OptionError(
-                "eval_strategy needs evaluation rows, and there are none: lower train_frac or leave eval_strategy out."
+                f"{name} needs evaluation rows, and there are none: lower train_frac or leave {name} out."
             )
         if self.config.task == "seq_classification":
             classes = manager.set_classes(data.label_names, data.pad_token_id)
@@ -147,6 +156,8 @@ class QEfficient:
             identity = {**manager.identity(), "data": data.fingerprint}
             resume_point(output, asked or bool(earlier), identity)
         if chosen.should_save:
+            if not (asked or earlier or chosen.dry_run):
+                forget_record(output)
             data.write_report(output)
             self.config.save(output / CONFIG_FILE)
             chosen.save(output / ARGUMENTS_FILE)
@@ -177,6 +188,8 @@ class QEfficient:
             tokenizer=data.tokenizer,
             base_files=manager.base_files(),
         )
+        if chosen.eval_prompts is not None and chosen.process_index == 0:
+            self.trainer.add_callback(EvalSamples(manager, data, step, chosen, tell))
         if validate and not earlier and chosen.process_index == 0:
             self._prove(step, tell, output)
         if earlier and not asked:
@@ -191,8 +204,12 @@ class QEfficient:
         if isinstance(train, StreamRows) and train.left_out:
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in train.left_out.items())
             tell(f"rows that were left out of the stream: {reasons}")
+        if chosen.should_save and began != self.trainer.state.global_step:
+            write_record(output, self.config, chosen, step, self.trainer.state.global_step)
+            if is_ours(output / CARD):
+                write_card(output)
         tell(f"saved to {output}")
-        self._tuned, self._inference = output, None
+        self._tuned, self._answers = output, None
         return (self.load_tuned() if load else None), data.tokenizer
 
     def generate(
@@ -225,27 +242,12 @@ class QEfficient:
                 )
                 for p in prompt
             ]
-        manager = self._manager()
-        data = self._data(manager)
-        ids = data.prompt_ids(prompt)
-        if max_new_tokens is None:
-            limit = 100 if max_length is None else max_length
-            max_new_tokens = limit - len(ids)
-            if max_new_tokens < 1:
-                raise InputError(f"the prompt has {len(ids)} tokens and max_length={limit} leaves no room: raise it.")
-        if self._inference is None:
-            self._inference = manager.inference(self._tuned)
-        if "eos_token_id" not in settings and data.tokenizer.eos_token_id is not None:
-            # Answers were trained to end with the tokenizer's end token, which the model's own settings may not know.
-            own = manager.source.generation_config().get("eos_token_id")
-            known = own if isinstance(own, list) else [] if own is None else [own]
-            settings = {**settings, "eos_token_id": [*known, data.tokenizer.eos_token_id]}
-        out = self._inference.generate(
-            input_ids=np.asarray([ids], np.int64), max_new_tokens=max_new_tokens, **{"do_sample": False, **settings}
+        if self._answers is None:
+            manager = self._manager()
+            self._answers = Answers(manager, self._data(manager), self._tuned)
+        return self._answers.answer(
+            prompt, max_length, max_new_tokens=max_new_tokens, return_full_text=return_full_text, **settings
         )
-        row = np.asarray(out)[0].tolist()
-        shown = row if return_full_text else row[len(ids) :]
-        return str(data.tokenizer.decode(shown, skip_special_tokens=True))
 
     def load_tuned(self) -> Any:
         """The tuned model in torch, float32: a ``PeftModel``, or a transformers model after full fine-tuning."""

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from QEfficient.errors import ArtifactWriteError, InputError, PackageError, TrainingError
 from QEfficient.finetune.arguments import QEffTrainingArgs
-from QEfficient.finetune.callbacks import METRICS_FILE, LossPlot, MetricsFile, ProgressLine
+from QEfficient.finetune.callbacks import METRICS_FILE, MetricsFile, ProgressLine
 from QEfficient.finetune.checkpoint import (
     ADAPTER_WEIGHTS,
     MODEL_WEIGHTS,
@@ -51,6 +51,7 @@ from QEfficient.finetune.meter import Meter
 from QEfficient.finetune.methods.base import Measured, Method
 from QEfficient.finetune.methods.cross_entropy import ClassCrossEntropy, TokenCrossEntropy
 from QEfficient.finetune.model_files import BaseFiles, write_model
+from QEfficient.finetune.plots import RunPlot
 from QEfficient.store.files import write_errors
 
 PICTURE = "loss.png"
@@ -101,7 +102,7 @@ class QEffTrainer(Trainer):
             args.ddp_find_unused_parameters = False
         own: list[TrainerCallback] = [_StepCounter(self.meter), MetricsFile(args.logs_dir)]
         if args.plot:
-            own.append(LossPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))
+            own.append(RunPlot(args.logs_dir / METRICS_FILE, Path(str(args.output_dir)) / PICTURE))
         if args.early_stopping_patience is not None:
             own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         super().__init__(

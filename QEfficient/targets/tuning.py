@@ -84,12 +84,12 @@ def forget(manifest: Manifest, cores: int) -> bool:
 
 def _path(manifest: Manifest, cores: int) -> Path:
     """One file for a package, a kind of processor, a number of cores and a version of ONNX Runtime."""
-    about = json.dumps([manifest.key, manifest.files.get(manifest.program, ""), _processor(), cores], default=str)
+    about = json.dumps([manifest.key, manifest.files.get(manifest.program, ""), processor(), cores], default=str)
     name = blake3(f"{about}{manifest.libraries.get('onnxruntime')}".encode()).hexdigest()[:32]
     return cache_home() / DIRECTORY / f"{name}.json"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, as far as the system tells."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -30,7 +30,7 @@ from QEfficient.targets.options import CompileOptions
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} a:{% endif %}"
 )
-COMMANDS = ("infer", "embed", "export", "compile", "execute", "validate", "doctor")
+COMMANDS = ("infer", "embed", "export", "compile", "execute", "validate", "doctor", "quantize", "card", "push")
 PROMPTS = ("the other", "an island in the sea")
 #: The options every causal test uses, so that all share one package.
 SHAPES = ("--ctx-len", 64)

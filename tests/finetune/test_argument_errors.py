@@ -71,7 +71,7 @@ def refused(make, message):
         ({"lr_scheduler_kwargs": {"min_lr": 1e-6}}, "lr_scheduler_type='linear' does not work with"),
         ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs must be a mapping"),
         ({"report_to": "nowhere"}, "report_to must be one of"),
-        ({"push_to_hub": True}, "push_to_hub is not supported, because training runs offline, and `hf upload"),
+        ({"push_to_hub": True}, "push_to_hub is not supported, because training runs offline, and `qefficient push"),
     ],
     ids=str,
 )
