@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,9 @@ from QEfficient.finetune.step_session import StepResult, StepSession
 from QEfficient.progress import bar
 from QEfficient.store.home import cache_home
 from QEfficient.store.store import ArtifactStore
+
+#: File names of what LoRA's scaling multiplies.
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 
 
 class _Gradients(torch.autograd.Function):
@@ -168,7 +172,8 @@ class CompiledStep(nn.Module):
 
     def _check_switchable(self) -> None:
         trained = (self.file_names[name] for name in self._names)
-        extra = next((name for name in trained if ".lora_" not in name), None)
+        # A scaling of 0 takes out nothing but B A: DoRA's magnitudes would stay.
+        extra = next((name for name in trained if not _FACTOR.search(name)), None)
         if self.adapter is None or extra is not None:
             reason = "there is no adapter" if self.adapter is None else f"{extra} trains outside of LoRA"
             raise OptionError(

@@ -211,10 +211,16 @@ class QEffConfig:
         )
 
     def peft_options(self) -> dict[str, Any] | None:
-        """Keywords for ``peft.LoraConfig`` as trained, with ``lora_dropout`` 0; None without LoRA."""
-        if self.lora_config is None:
-            return None
+        """Keywords for peft's configuration as trained, with ``lora_dropout`` 0; None without an adapter."""
+        if self.lora_config is None or self.lora_config.get("peft_type") == "IA3":
+            return self.lora_config
+        # Dropout would be a random number generator inside the step, which nobody could reproduce.
         return {**self.lora_config, "lora_dropout": 0.0}
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether the adapter is weight-decomposed."""
+        return bool((self.lora_config or {}).get("use_dora"))
 
     def replace(self: _Self, **changes: Any) -> _Self:
         """A copy with some values changed; checked like a new one."""
@@ -230,7 +236,8 @@ class QEffConfig:
         """This configuration with the ``max_ctx_len`` of the training arguments, where that is given.
 
         Raises:
-            OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks.
+            OptionError: both give a length, and not the same one, the arguments name a metric that this task lacks, or
+                they store weights in a way that the adapter cannot be computed with.
         """
         metric = str(getattr(args, "metric_for_best_model", None)).removeprefix("eval_")
         other = {"accuracy": "generation", "perplexity": "seq_classification"}.get(metric)
@@ -238,6 +245,12 @@ class QEffConfig:
             raise OptionError(
                 f"metric_for_best_model={metric!r} is not measured for task={self.task!r}: use 'loss' or "
                 f"{'perplexity' if metric == 'accuracy' else 'accuracy'!r}."
+            )
+        stored = getattr(args, "base_weights", "fp32")
+        if self.uses_dora and stored != "fp32":
+            raise OptionError(
+                f"base_weights={stored!r} and use_dora contradict each other: DoRA computes norms of the weights it "
+                "adapts, which would therefore stay as they are; leave one of them out."
             )
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:

@@ -15,6 +15,7 @@ from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.merged_adapter import is_swappable, merged_checkpoint
 from QEfficient.finetune.model_files import BaseFiles
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
@@ -134,16 +135,15 @@ class QEffModelManager:
     initialize_model = init_model
 
     def peft_config(self) -> Any:
-        """``peft.LoraConfig`` of the configuration, None for full fine-tuning."""
+        """peft's configuration of the adapter (``LoraConfig`` or ``IA3Config``), None for full fine-tuning."""
         given = self.config.peft_options()
         if given is None or self.config.trainable is not None:
             return None
-        from peft import LoraConfig
+        from peft import IA3Config, LoraConfig
 
-        # Dropout would be a random number generator inside the step, which nobody could reproduce: it is off.
-        kept = {k: v for k, v in given.items() if k not in ("lora_dropout", "task_type")}
+        kept = {k: v for k, v in given.items() if k not in ("peft_type", "task_type")}
         task = {"generation": "CAUSAL_LM", "seq_classification": "SEQ_CLS"}[self.config.task]
-        return LoraConfig(**kept, lora_dropout=0.0, task_type=task)
+        return (IA3Config if given.get("peft_type") == "IA3" else LoraConfig)(**kept, task_type=task)
 
     def export_to_onnx(self, report: Progress = silent) -> Path:
         """Captures forward and backward; returns ``model.onnx`` of the joint graph."""
@@ -208,6 +208,8 @@ class QEffModelManager:
     def inference(self, tuned: Path | None = None, ctx_len: int | None = None) -> Any:
         """The compiled inference model, with what ``tuned`` (an output directory) holds; None is the base model.
 
+        A plain LoRA adapter becomes inputs of the package; any other is merged into the base model first.
+
         Raises:
             UnsupportedModelError: the task does not generate text.
         """
@@ -218,12 +220,15 @@ class QEffModelManager:
             raise UnsupportedModelError(
                 "a classifier generates no text: load it with QEFFAutoModelForSequenceClassification."
             )
-        if tuned is not None and (tuned / "adapter_config.json").is_file():
+        adapted = tuned is not None and (tuned / "adapter_config.json").is_file()
+        if adapted and tuned is not None and is_swappable(tuned):
             model: Any = QEFFAutoPeftModelForCausalLM.from_pretrained(
                 tuned, base_model=str(self.source.directory), cache_home_dir=self.home
             )
         else:
             place = self.source.directory if tuned is None else tuned
+            if adapted:
+                place = merged_checkpoint(place, self.source, self.store)
             model = QEFFAutoModelForCausalLM.from_pretrained(str(place), cache_home_dir=self.home)
         model.compile(ctx_len=ctx_len)
         return model
