@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ ALIASES = {
     **dict.fromkeys(("subset", "config_name"), "dataset_config"),
     **dict.fromkeys(("max_samples", "dataset_num_samples"), "sample_size"),
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
+    **dict.fromkeys(("freeze_trainable_layers", "train_last_layers"), "unfreeze_last_n"),
 }
 
 #: Options that are a text or None.
@@ -97,6 +99,9 @@ class QEffConfig:
         sample_size: most training rows, drawn with ``seed``.
         seed: of the split, the sample and the order of rows.
         trainable: name patterns (``fnmatch``) of the parameters to train, instead of LoRA.
+        unfreeze_last_n: train this many of the last layers, and a classifier's head, instead of LoRA; below 0 of the
+            first.
+        freeze_layers: train everything but the embeddings and this many of the first layers, instead of LoRA.
         custom_dataset_config: values a data set's class or function can ask for by parameter name; or a YAML or JSON
             file of them.
         trust_remote_code: run Python code that the model repository brings.
@@ -131,6 +136,8 @@ class QEffConfig:
     sample_size: int | None = None
     seed: int = 42
     trainable: tuple[str, ...] | None = None
+    unfreeze_last_n: int | None = None
+    freeze_layers: int | None = None
     custom_dataset_config: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
@@ -192,9 +199,19 @@ class QEffConfig:
             patterns = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
             if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(p, str) for p in patterns):
                 raise OptionError(f"trainable must be a list of name patterns, got {short(self.trainable)}.")
-            if lora is not None and lora != DEFAULT_LORA:
-                raise OptionError("trainable and lora_config both say which parameters train: give one of them.")
             object.__setattr__(self, "trainable", tuple(patterns))
+        if self.unfreeze_last_n == 0:
+            raise OptionError("unfreeze_last_n is 0, so nothing would train: give a number of layers.")
+        if self.unfreeze_last_n is not None:
+            integer("unfreeze_last_n", self.unfreeze_last_n, minimum=-sys.maxsize)
+        if self.freeze_layers is not None:
+            integer("freeze_layers", self.freeze_layers, minimum=0)
+        said = [n for n in ("trainable", "unfreeze_last_n", "freeze_layers") if getattr(self, n) is not None]
+        if said:
+            if lora is not None and lora != DEFAULT_LORA:
+                said.append("lora_config")
+            if len(said) > 1:
+                raise OptionError(f"{' and '.join(said)} both say which parameters train: give one of them.")
             lora = None
         object.__setattr__(self, "lora_config", read_lora(lora))
         for notice in self.notices():

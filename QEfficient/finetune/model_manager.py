@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.freezing import all_but_first_blocks, last_blocks
 from QEfficient.finetune.merged_adapter import is_swappable, merged_checkpoint
 from QEfficient.finetune.model_files import BaseFiles
 from QEfficient.finetune.step_checkpoint import from_checkpoint
@@ -127,7 +129,7 @@ class QEffModelManager:
                 self.store.memo,
                 peft_config=self.peft_config(),
                 adapter_name=self.args.adapter_name,
-                trainable=self.config.trainable,
+                trainable=self._trainable(),
                 new_head=self._new_head,
             )
         return self.model
@@ -137,7 +139,7 @@ class QEffModelManager:
     def peft_config(self) -> Any:
         """peft's configuration of the adapter (``LoraConfig`` or ``IA3Config``), None for full fine-tuning."""
         given = self.config.peft_options()
-        if given is None or self.config.trainable is not None:
+        if given is None:
             return None
         from peft import IA3Config, LoraConfig
 
@@ -251,6 +253,15 @@ class QEffModelManager:
             "base_weights": args.base_weights,
             "optim": str(getattr(args.optim, "value", args.optim)),
         }
+
+    def _trainable(self) -> Sequence[str] | Callable[[Any], Sequence[str]] | None:
+        """What trains where there is no adapter."""
+        config = self.config
+        if config.unfreeze_last_n is not None:
+            return partial(last_blocks, count=config.unfreeze_last_n)
+        if config.freeze_layers is not None:
+            return partial(all_but_first_blocks, count=config.freeze_layers)
+        return config.trainable
 
     def _threads(self) -> int | None:
         if self.args.num_cores is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def from_checkpoint(
     *,
     peft_config: Any = None,
     adapter_name: str = "default",
-    trainable: Sequence[str] | None = None,
+    trainable: Sequence[str] | Callable[[Any], Sequence[str]] | None = None,
     new_head: bool = False,
 ) -> StepModel:
     """A checkpoint whose frozen weights are never loaded: the package points at its files.
@@ -38,7 +38,7 @@ def from_checkpoint(
     Args:
         factory: an Auto class of transformers (``AutoModelForCausalLM`` …).
         peft_config: a ``peft`` configuration of the adapter to train; None trains what ``trainable`` names, or all.
-        trainable: patterns of parameter names.
+        trainable: patterns of parameter names, or a function of the model that returns them.
         new_head: draw a classifier's head anew, whatever the checkpoint has.
 
     Raises:
@@ -62,6 +62,8 @@ def from_checkpoint(
         trained = {n: p for n, p in skeleton.named_parameters() if p.requires_grad}
     else:
         adapter, skeleton = None, ghost
+        if callable(trainable):
+            trainable = trainable(ghost)
         for parameter in skeleton.parameters():
             parameter.requires_grad_(trainable is None and parameter.is_floating_point())
         named = dict(skeleton.named_parameters())
