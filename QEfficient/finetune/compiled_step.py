@@ -56,6 +56,7 @@ class CompiledStep(nn.Module):
     def __init__(self, model: StepModel, packages: StepPackages, *, threads: int | None = None) -> None:
         super().__init__()
         self.config, self.peft_config, self.adapter = model.config, model.peft_config, model.adapter
+        self.own_config = model.own_config
         self.packages, self.file_names, self.facts = packages, model.file_names, model.facts
         self._scaling, self._threads = model.scaling, threads
         for name, parameter in model.trained.items():

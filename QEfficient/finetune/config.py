@@ -102,6 +102,8 @@ class QEffConfig:
         unfreeze_last_n: train this many of the last layers, and a classifier's head, instead of LoRA; below 0 of the
             first.
         freeze_layers: train everything but the embeddings and this many of the first layers, instead of LoRA.
+        resize_embeddings: give the model rows for tokens of the tokenizer that it has none for, and train these rows.
+        new_tokens: texts that become tokens of their own.
         custom_dataset_config: values a data set's class or function can ask for by parameter name; or a YAML or JSON
             file of them.
         trust_remote_code: run Python code that the model repository brings.
@@ -138,6 +140,8 @@ class QEffConfig:
     trainable: tuple[str, ...] | None = None
     unfreeze_last_n: int | None = None
     freeze_layers: int | None = None
+    resize_embeddings: bool = False
+    new_tokens: tuple[str, ...] | None = None
     custom_dataset_config: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
@@ -174,7 +178,7 @@ class QEffConfig:
             if getattr(self, name) is not None:
                 put(name, tuple(as_specs(getattr(self, name), name)))
                 read(getattr(self, name))
-        for name in ("packing", "trust_remote_code"):
+        for name in ("packing", "trust_remote_code", "resize_embeddings"):
             boolean(name, getattr(self, name))
         for name, mapped in (("columns", mapping), ("custom_dataset_config", read_mapping)):
             if getattr(self, name) is not None:
@@ -186,7 +190,15 @@ class QEffConfig:
             )
         if self.packing and self.task != "generation":
             raise OptionError(f"packing is for task='generation' and not for {self.task!r}: leave it out.")
+        self._check_tokens()
         self._check_trainable()
+
+    def _check_tokens(self) -> None:
+        if self.new_tokens is not None:
+            given = self.new_tokens if isinstance(self.new_tokens, list | tuple) else [self.new_tokens]
+            object.__setattr__(self, "new_tokens", tuple(dict.fromkeys(text("new_tokens", item) for item in given)))
+        if self.resize_embeddings and self.task != "generation":
+            raise OptionError(f"resize_embeddings is for task='generation' and not for {self.task!r}: leave it out.")
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS

@@ -57,7 +57,7 @@ def initial_values(
             head = is_head(bare, base)
             found = next((refs[n] for n in tied[base] if n in refs), None)
             if found is not None and not (head and new_head):
-                out[name] = start(_read(found).float())
+                out[name] = start(read_tensor(found).float())
             elif head:
                 fresh[name] = base
             else:
@@ -86,7 +86,13 @@ def _draw(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tenso
     return out
 
 
-def _read(ref: TensorRef) -> torch.Tensor:
+def read_dtype(ref: TensorRef) -> torch.dtype:
+    """torch's name for the precision a tensor of floats is stored in."""
+    return _DTYPES[ref.dtype]
+
+
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """A tensor's content, in the precision it is stored in."""
     with ref.file.open("rb") as file:
         file.seek(ref.offset)
-        return torch.frombuffer(bytearray(file.read(ref.length)), dtype=_DTYPES[ref.dtype]).reshape(ref.shape)
+        return torch.frombuffer(bytearray(file.read(ref.length)), dtype=read_dtype(ref)).reshape(ref.shape)

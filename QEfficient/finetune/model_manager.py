@@ -19,6 +19,7 @@ from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.freezing import all_but_first_blocks, last_blocks
 from QEfficient.finetune.merged_adapter import is_swappable, merged_checkpoint
 from QEfficient.finetune.model_files import BaseFiles
+from QEfficient.finetune.new_tokens import fitting_source, new_rows, require_trained, training_rows, with_new_tokens
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
 from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step, export_step, transform_log
@@ -75,6 +76,10 @@ class QEffModelManager:
         self._check_length()
         self._new_head = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._new_rows: list[int] = []
+        if self.config.resize_embeddings or self.config.new_tokens:
+            self.source = fitting_source(self.source, self.tokenizer, self.config)
+            self._new_rows = new_rows(self.source, self.tokenizer, self.config)
         self.model: StepModel | None = None
         self.graph: Path | None = None
         self.packages: StepPackages | None = None
@@ -85,7 +90,9 @@ class QEffModelManager:
         """The model's tokenizer, or the one ``tokenizer_name`` names."""
         if self._tokenizer is None:
             place = self.config.tokenizer_name or self.source.directory
-            self._tokenizer = load_tokenizer(place, trust_remote_code=self.config.trust_remote_code)
+            found = load_tokenizer(place, trust_remote_code=self.config.trust_remote_code)
+            self._tokenizer = with_new_tokens(found, self.config)
+            fitting_source(self.source, self._tokenizer, self.config)
         return self._tokenizer
 
     @property
@@ -132,6 +139,7 @@ class QEffModelManager:
                 trainable=self._trainable(),
                 new_head=self._new_head,
             )
+            require_trained(self.model, self._new_rows)
         return self.model
 
     initialize_model = init_model
@@ -141,6 +149,8 @@ class QEffModelManager:
         given = self.config.peft_options()
         if given is None:
             return None
+        if self._new_rows:
+            given = training_rows(given, self._new_rows, self.source.ghost(FACTORIES[self.config.task]))
         from peft import IA3Config, LoraConfig
 
         kept = {k: v for k, v in given.items() if k not in ("peft_type", "task_type")}

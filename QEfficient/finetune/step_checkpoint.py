@@ -86,6 +86,7 @@ def from_checkpoint(
         facts=model_facts(ghost),
         config=ghost.config,
         peft_config=completed,
+        own_config=source.changes_config,
     )
 
 

@@ -54,6 +54,7 @@ class StepModel:
         facts: what the package says about the model.
         config: the model's configuration (transformers).
         peft_config: the adapter's configuration (peft), None without one.
+        own_config: ``config`` is not the base checkpoint's, so that an adapter needs it beside it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StepModel:
     facts: dict[str, Any]
     config: Any
     peft_config: Any = None
+    own_config: bool = False
 
     @property
     def vocabulary(self) -> int | None:
@@ -141,6 +143,7 @@ def from_module(model: Any, trainable: Sequence[str] | None = None) -> StepModel
         facts=model_facts(base),
         config=base.config,
         peft_config=peft_config,
+        own_config=is_classifier(base),
     )
 
 
