@@ -117,7 +117,8 @@ def page() -> str:
         ),
         "",
         "Names of older versions are understood: `warmup_ratio`, `group_by_length`, `gradient_checkpointing`"
-        " (`recompute`).",
+        " (`recompute`); so are `load_in_8bit` and `load_in_4bit` (`base_weights`), and `dtype` or `torch_dtype` where"
+        " it is float32.",
         "",
         "## Other options of transformers",
         "",

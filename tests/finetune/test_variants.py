@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from tiny_models import greedy_reference, save_tiny, tiny_causal_lm, tiny_tokeni
 from transformers import AutoModelForCausalLM
 
 from QEfficient import QEFFAutoPeftModelForCausalLM
-from QEfficient.errors import OptionError, UnsupportedModelError
+from QEfficient.errors import ModelLoadError, OptionError, UnsupportedModelError
 from QEfficient.finetune import QEffConfig, QEfficient, QEffModelManager, QEffTrainingArgs
 from QEfficient.finetune.merge import merge_adapter
+from QEfficient.finetune.presets import fitted
 
 ROWS = [{"prompt": f"{word} is", "completion": f" {word[::-1]}"} for word in ("one", "two", "three", "four", "five")]
 #: The tiny tokenizer's ids of "t" and "is".
@@ -37,7 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("variants") / "base"
-    return tiny_tokenizer(save_tiny(tiny_causal_lm("llama", num_hidden_layers=1), place))
+    # In 16 bits, which are computed with in 32.
+    return tiny_tokenizer(save_tiny(tiny_causal_lm("llama", num_hidden_layers=1), place, dtype=torch.float16))
 
 
 def arguments(output: Path, **more: Any) -> QEffTrainingArgs:
@@ -88,7 +92,7 @@ def test_from_training_to_merging(name: str, base: Path, tmp_path: Path) -> None
     assert tokens != greedy_reference(AutoModelForCausalLM.from_pretrained(base).eval(), prompt, 6)[0]
 
     # Merging is PEFT's merging.
-    merge_adapter(out, tmp_path / "merged")
+    assert merge_adapter(out, tmp_path / "merged", tolerance=2e-5).dtype == "float32"  # 16 bits would not be exact
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(logits(merged, batch), logits(read.merge_and_unload(), batch), atol=1e-4)
 
@@ -184,6 +188,40 @@ def test_other_kinds_of_adapters_are_refused(config: Any, tmp_path: Path) -> Non
     for given in (config, {"peft_type": kind}, tmp_path / "adapter_config.json"):
         with pytest.raises(OptionError, match=words):
             QEffConfig("m", "d.jsonl", lora_config=given)
+
+
+def test_a_quantized_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base, tmp_path / "quantized")
+    settings = json.loads((copy / "config.json").read_text())
+    for method in ("gptq", "awq", "bitsandbytes", "fp8"):
+        entry = {"quantization_config": {"quant_method": method}}
+        (copy / "config.json").write_text(json.dumps(settings | entry))
+        with pytest.raises(ModelLoadError, match=rf"quantized \({method}\).*use the 16- or 32-bit checkpoint"):
+            QEfficient(configuration(copy, {"r": 4}), arguments(tmp_path / "out")).refine(say=lambda line: None)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_words_of_other_tools_for_precision_and_place() -> None:
+    assert QEffTrainingArgs("out", load_in_4bit=True).base_weights == "int4"
+    assert QEffTrainingArgs("out", load_in_8bit=True, load_in_4bit=False).base_weights == "int8"
+    assert QEffTrainingArgs("out", torch_dtype="float32", dtype="auto", load_in_8bit=None).base_weights == "fp32"
+    assert (
+        QEffTrainingArgs("out", device="cpu").target == QEffTrainingArgs("out", target_device="host").target == "host"
+    )
+
+
+def test_a_preset_leaves_doras_base_weights() -> None:
+    tried: list[Any] = []
+
+    def measure(options: Any) -> Any:
+        tried.append(options.get("base_weights", "fp32"))
+        return SimpleNamespace(peak_mb=100.0, step_mb=50.0)
+
+    for use_dora, expected in ((True, {"fp32"}), (False, {"fp32", "int8", "int4"})):
+        tried.clear()
+        with pytest.raises(OptionError, match="no batch of this run fits"):
+            fitted({"model_id": "m", "dataset_name": "d", "lora_config": {"use_dora": use_dora}}, 10.0, measure)
+        assert set(tried) == expected
 
 
 def test_pefts_own_ia3_objects_and_files(tmp_path: Path) -> None:
