@@ -203,7 +203,10 @@ def _config(place: Path) -> dict[str, Any]:
 def _refuse(config: Mapping[str, Any], place: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedModelError(f"{place} holds an adapter of the kind {kind!r}: only LoRA adapters can be loaded.")
+        raise UnsupportedModelError(
+            f"{place} holds an adapter of the kind {kind!r}: only LoRA adapters can be loaded, others must be merged "
+            "into the base model first (qefficient merge)."
+        )
     for setting, name in _REFUSED.items():
         if config.get(setting):
             raise UnsupportedModelError(

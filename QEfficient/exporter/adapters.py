@@ -19,7 +19,7 @@ FILE_PREFIX = "base_model.model."
 #: The graph input that holds every LoRA module's scaling: float32 [number of modules], in the order of `lora_modules`.
 SCALING_INPUT = "lora_scaling"
 #: Name parts that PEFT inserts between a module and the weights it had before.
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(?:(?:token_adapter\.)?base_layer|original_module)(?=\.)")
 
 
 def adapter_parameters(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
@@ -56,6 +56,13 @@ def lora_modules(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     )
 
 
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that an adapter of any kind wraps, sorted."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return sorted(name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+
+
 def scaling_vector(peft_model: nn.Module, adapter_name: str = "default") -> np.ndarray:
     """float32 [number of LoRA modules]: what each multiplies its ``B A x`` by; 0 where the adapter has no tensors.
 
@@ -80,11 +87,26 @@ def scaling_as_input(model: nn.Module, adapter_name: str, tensor: torch.Tensor) 
                 module.scaling[adapter_name] = tensor[i]
                 if hasattr(module, "get_delta_factors"):
                     vars(module)["get_delta_factors"] = _scaled_factors(module)
+                if (dora := dora_layer(module, adapter_name)) is not None and adapter_name in module.lora_A:
+                    vars(dora)["get_lora_weight"] = _product
         yield
     finally:
         for module, value in changed:
             module.scaling[adapter_name] = value
             vars(module).pop("get_delta_factors", None)
+            if (dora := dora_layer(module, adapter_name)) is not None:
+                vars(dora).pop("get_lora_weight", None)
+
+
+def dora_layer(module: LoraLayer, adapter_name: str) -> Any:
+    """What holds a LoRA module's magnitudes where the adapter is DoRA (arXiv:2402.09353), else None."""
+    magnitudes = getattr(module, "lora_magnitude_vector", None)
+    return magnitudes[adapter_name] if magnitudes is not None and adapter_name in magnitudes else None
+
+
+def _product(lora_A: nn.Linear, lora_B: nn.Linear, adapter_name: str | None = None) -> torch.Tensor:
+    """``B A`` of DoRA: PEFT sends an identity matrix through both, for the sake of FSDP, which a graph would store."""
+    return lora_B.weight @ lora_A.weight
 
 
 def _scaled_factors(module: Any) -> Callable[[str], tuple[torch.Tensor, torch.Tensor, float]]:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from QEfficient.engine.settings import GenerationSettings
 from QEfficient.errors import OptionError
+from QEfficient.finetune import precision
 from QEfficient.finetune.keywords import (
     boolean,
     canonical,
@@ -58,10 +59,12 @@ ALIASES = {
     "max_length": "max_ctx_len",
     "max_seq_length": "max_ctx_len",
     "validate_first_step": "validate",
+    "device": "target",
+    "target_device": "target",
 }
 
-#: Names of older transformers versions whose values change along with the name.
-RENAMED = ("warmup_ratio", "group_by_length")
+#: Names of older transformers versions and other tools whose values change along with the name.
+RENAMED = ("warmup_ratio", "group_by_length", *precision.WORDS)
 
 #: What `QEffTrainer.evaluate` measures, of one method or another.
 METRICS = ("loss", "perplexity", *GREATER_IS_BETTER)
@@ -376,6 +379,8 @@ def _translate(given: dict[str, Any]) -> dict[str, Any]:
         strategy = kept.setdefault("train_sampling_strategy", "group_by_length")
         if strategy != "group_by_length":
             raise OptionError(f"group_by_length contradicts train_sampling_strategy={strategy!r}: give one of them.")
+    if (stored := precision.base_weights_of(given)) is not None:
+        kept["base_weights"] = stored
     return canonical(kept, names, ALIASES, "QEffTrainingArgs")
 
 

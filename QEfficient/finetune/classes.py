@@ -61,6 +61,8 @@ class ClassifierSource(CheckpointSource):
         pad_token_id: for a model without one; the head of a decoder finds a row's last token by it.
     """
 
+    changes_config = True
+
     def __init__(self, checkpoint: CheckpointSource, classes: Classes, pad_token_id: int) -> None:
         super().__init__(checkpoint.directory, checkpoint.name, checkpoint.trust_remote_code)
         self.checkpoint, self.classes, self.pad_token_id = checkpoint, classes, pad_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,9 @@ from QEfficient.finetune.step_session import StepResult, StepSession
 from QEfficient.progress import bar
 from QEfficient.store.home import cache_home
 from QEfficient.store.store import ArtifactStore
+
+#: File names of what LoRA's scaling multiplies.
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 
 
 class _Gradients(torch.autograd.Function):
@@ -52,6 +56,7 @@ class CompiledStep(nn.Module):
     def __init__(self, model: StepModel, packages: StepPackages, *, threads: int | None = None) -> None:
         super().__init__()
         self.config, self.peft_config, self.adapter = model.config, model.peft_config, model.adapter
+        self.own_config = model.own_config
         self.packages, self.file_names, self.facts = packages, model.file_names, model.facts
         self._scaling, self._threads = model.scaling, threads
         for name, parameter in model.trained.items():
@@ -173,7 +178,8 @@ class CompiledStep(nn.Module):
 
     def _outside_of_lora(self) -> str | None:
         """A tensor that trains and is no factor of LoRA; None where there is none."""
-        return next((self.file_names[name] for name in self._names if ".lora_" not in self.file_names[name]), None)
+        # A scaling of 0 takes out nothing but B A: DoRA's magnitudes would stay.
+        return next((name for name in map(self.file_names.get, self._names) if not _FACTOR.search(str(name))), None)
 
     def _check_switchable(self) -> None:
         if not self.can_switch_off:

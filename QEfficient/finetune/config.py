@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ ALIASES = {
     **dict.fromkeys(("teacher", "teacher_model_name_or_path", "teacher_model_id"), "teacher_model"),
     "mix_strategy": "mixing",
     "buffer_size": "shuffle_buffer_size",
+    **dict.fromkeys(("freeze_trainable_layers", "train_last_layers"), "unfreeze_last_n"),
 }
 
 #: Options that are a text or None.
@@ -128,6 +130,11 @@ class QEffConfig:
         sample_size: most training rows, drawn with ``seed``.
         seed: of the split, the sample and the order of rows.
         trainable: name patterns (``fnmatch``) of the parameters to train, instead of LoRA.
+        unfreeze_last_n: train this many of the last layers, and a classifier's head, instead of LoRA; below 0 of the
+            first.
+        freeze_layers: train everything but the embeddings and this many of the first layers, instead of LoRA.
+        resize_embeddings: give the model rows for tokens of the tokenizer that it has none for, and train these rows.
+        new_tokens: texts that become tokens of their own.
         custom_dataset_config: values a data set's class or function can ask for by parameter name; or a YAML or JSON
             file of them.
         trust_remote_code: run Python code that the model repository brings.
@@ -178,6 +185,10 @@ class QEffConfig:
     sample_size: int | None = None
     seed: int = 42
     trainable: tuple[str, ...] | None = None
+    unfreeze_last_n: int | None = None
+    freeze_layers: int | None = None
+    resize_embeddings: bool = False
+    new_tokens: tuple[str, ...] | None = None
     custom_dataset_config: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
@@ -215,7 +226,7 @@ class QEffConfig:
             if getattr(self, name) is not None:
                 put(name, tuple(as_specs(getattr(self, name), name)))
                 read(getattr(self, name))
-        for name in ("packing", "trust_remote_code"):
+        for name in ("packing", "trust_remote_code", "resize_embeddings"):
             boolean(name, getattr(self, name))
         for name, mapped in (("columns", mapping), ("custom_dataset_config", read_mapping)):
             if getattr(self, name) is not None:
@@ -225,11 +236,19 @@ class QEffConfig:
                 f"eval_split={self.eval_split!r} and train_frac={self.train_frac} both say what to evaluate on: give "
                 "one of them."
             )
+        self._check_tokens()
         self._check_trainable()
         if self.datasets is not None:
             put("datasets", read_sources(self.datasets, ALIASES))
         put("mixing", check_mixture(self))
         check_stream(self)
+
+    def _check_tokens(self) -> None:
+        if self.new_tokens is not None:
+            given = self.new_tokens if isinstance(self.new_tokens, list | tuple) else [self.new_tokens]
+            object.__setattr__(self, "new_tokens", tuple(dict.fromkeys(text("new_tokens", item) for item in given)))
+        if self.resize_embeddings and self.task != "generation":
+            raise OptionError(f"resize_embeddings is for task='generation' and not for {self.task!r}: leave it out.")
 
     def _check_format(self) -> None:
         from QEfficient.finetune.data.formats import FORMATS
@@ -301,9 +320,19 @@ class QEffConfig:
             patterns = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
             if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(p, str) for p in patterns):
                 raise OptionError(f"trainable must be a list of name patterns, got {short(self.trainable)}.")
-            if lora is not None and lora != DEFAULT_LORA:
-                raise OptionError("trainable and lora_config both say which parameters train: give one of them.")
             object.__setattr__(self, "trainable", tuple(patterns))
+        if self.unfreeze_last_n == 0:
+            raise OptionError("unfreeze_last_n is 0, so nothing would train: give a number of layers.")
+        if self.unfreeze_last_n is not None:
+            integer("unfreeze_last_n", self.unfreeze_last_n, minimum=-sys.maxsize)
+        if self.freeze_layers is not None:
+            integer("freeze_layers", self.freeze_layers, minimum=0)
+        said = [n for n in ("trainable", "unfreeze_last_n", "freeze_layers") if getattr(self, n) is not None]
+        if said:
+            if lora is not None and lora != DEFAULT_LORA:
+                said.append("lora_config")
+            if len(said) > 1:
+                raise OptionError(f"{' and '.join(said)} both say which parameters train: give one of them.")
             lora = None
         object.__setattr__(self, "lora_config", read_lora(lora))
         for notice in self.notices():
@@ -320,10 +349,16 @@ class QEffConfig:
         )
 
     def peft_options(self) -> dict[str, Any] | None:
-        """Keywords for ``peft.LoraConfig`` as trained, with ``lora_dropout`` 0; None without LoRA."""
-        if self.lora_config is None:
-            return None
+        """Keywords for peft's configuration as trained, with ``lora_dropout`` 0; None without an adapter."""
+        if self.lora_config is None or self.lora_config.get("peft_type") == "IA3":
+            return self.lora_config
+        # Dropout would be a random number generator inside the step, which nobody could reproduce.
         return {**self.lora_config, "lora_dropout": 0.0}
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether the adapter is weight-decomposed."""
+        return bool((self.lora_config or {}).get("use_dora"))
 
     def replace(self: _Self, **changes: Any) -> _Self:
         """A copy with some values changed; checked like a new one."""
@@ -340,7 +375,7 @@ class QEffConfig:
 
         Raises:
             OptionError: both give a length, and not the same one, or the arguments name a metric that this task lacks,
-                or something that a stream cannot have.
+                something that a stream cannot have, or a way to store weights that the adapter cannot be computed with.
         """
         metric = str(getattr(args, "metric_for_best_model", None) or "loss").removeprefix("eval_")
         measured = ("loss", *(METHODS[self.method].metrics or TASK_METRICS[self.task]))
@@ -351,6 +386,12 @@ class QEffConfig:
             )
         if args is not None:
             check_stream_run(self, args)
+        stored = getattr(args, "base_weights", "fp32")
+        if self.uses_dora and stored != "fp32":
+            raise OptionError(
+                f"base_weights={stored!r} and use_dora contradict each other: DoRA computes norms of the weights it "
+                "adapts, which would therefore stay as they are; leave one of them out."
+            )
         asked = getattr(args, "max_ctx_len", None)
         if asked is None or asked == self.max_ctx_len:
             return self

@@ -26,6 +26,7 @@ from QEfficient.exporter.adapters import adapter_parameters
 from QEfficient.exporter.quiet import quiet
 from QEfficient.finetune.checkpoint import ADAPTER_WEIGHTS, publish, staging
 from QEfficient.finetune.classes import ClassifierSource, choose_classes
+from QEfficient.finetune.resize import ResizedSource, rows_of
 from QEfficient.models.base import check_destination
 from QEfficient.models.factories import no_loading_bars, translate_load_errors
 from QEfficient.models.hub import resolve
@@ -193,12 +194,16 @@ def _base(
     if not name:
         raise ModelLoadError(f"{place / ADAPTER_CONFIG} does not name its base model: pass base_model.")
     source = CheckpointSource(resolve(name), str(name), trust_remote_code)
-    if settings.get("task_type") != "SEQ_CLS" or not (place / "config.json").is_file():
+    if not (place / "config.json").is_file():
         return source
     from transformers import AutoConfig
 
     with translate_load_errors(str(place)):
         own = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    if settings.get("task_type") != "SEQ_CLS":
+        tokens = rows_of(own)
+        larger = tokens > rows_of(source.config())
+        return ResizedSource(source.directory, source.name, trust_remote_code, tokens) if larger else source
     pad = own.get_text_config().pad_token_id
     return ClassifierSource(source, choose_classes(own, own.label2id), 0 if pad is None else pad)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,11 @@ from QEfficient.finetune.arguments import QEffTrainingArgs
 from QEfficient.finetune.classes import Classes, ClassifierSource, choose_classes, reward_output
 from QEfficient.finetune.compiled_step import CompiledStep
 from QEfficient.finetune.config import QEffConfig
+from QEfficient.finetune.freezing import all_but_first_blocks, last_blocks
+from QEfficient.finetune.merged_adapter import is_swappable, merged_checkpoint
 from QEfficient.finetune.methods.facts import METHODS
 from QEfficient.finetune.model_files import BaseFiles
+from QEfficient.finetune.new_tokens import fitting_source, new_rows, require_trained, training_rows, with_new_tokens
 from QEfficient.finetune.step_checkpoint import from_checkpoint
 from QEfficient.finetune.step_model import StepModel
 from QEfficient.finetune.step_package import StepOptions, StepPackages, build_step, export_step, transform_log
@@ -73,6 +77,10 @@ class QEffModelManager:
         self._check_length()
         self._new_head = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._new_rows: list[int] = []
+        if self.config.resize_embeddings or self.config.new_tokens:
+            self.source = fitting_source(self.source, self.tokenizer, self.config)
+            self._new_rows = new_rows(self.source, self.tokenizer, self.config)
         self.model: StepModel | None = None
         self.graph: Path | None = None
         self.packages: StepPackages | None = None
@@ -83,7 +91,9 @@ class QEffModelManager:
         """The model's tokenizer, or the one ``tokenizer_name`` names."""
         if self._tokenizer is None:
             place = self.config.tokenizer_name or self.source.directory
-            self._tokenizer = load_tokenizer(place, trust_remote_code=self.config.trust_remote_code)
+            found = load_tokenizer(place, trust_remote_code=self.config.trust_remote_code)
+            self._tokenizer = with_new_tokens(found, self.config)
+            fitting_source(self.source, self._tokenizer, self.config)
         return self._tokenizer
 
     @property
@@ -130,24 +140,26 @@ class QEffModelManager:
                 self.store.memo,
                 peft_config=self.peft_config(),
                 adapter_name=self.args.adapter_name,
-                trainable=self.config.trainable,
+                trainable=self._trainable(),
                 new_head=self._new_head,
             )
+            require_trained(self.model, self._new_rows)
         return self.model
 
     initialize_model = init_model
 
     def peft_config(self) -> Any:
-        """``peft.LoraConfig`` of the configuration, None for full fine-tuning."""
+        """peft's configuration of the adapter (``LoraConfig`` or ``IA3Config``), None for full fine-tuning."""
         given = self.config.peft_options()
-        if given is None or self.config.trainable is not None:
+        if given is None:
             return None
-        from peft import LoraConfig
+        if self._new_rows:
+            given = training_rows(given, self._new_rows, self.source.ghost(FACTORIES[self.config.task]))
+        from peft import IA3Config, LoraConfig
 
-        # Dropout would be a random number generator inside the step, which nobody could reproduce: it is off.
-        kept = {k: v for k, v in given.items() if k not in ("lora_dropout", "task_type")}
+        kept = {k: v for k, v in given.items() if k not in ("peft_type", "task_type")}
         task = {"generation": "CAUSAL_LM", "seq_classification": "SEQ_CLS"}[self.config.task]
-        return LoraConfig(**kept, lora_dropout=0.0, task_type=task)
+        return (IA3Config if given.get("peft_type") == "IA3" else LoraConfig)(**kept, task_type=task)
 
     def export_to_onnx(self, report: Progress = silent) -> Path:
         """Captures forward and backward; returns ``model.onnx`` of the joint graph."""
@@ -212,6 +224,8 @@ class QEffModelManager:
     def inference(self, tuned: Path | None = None, ctx_len: int | None = None) -> Any:
         """The compiled inference model, with what ``tuned`` (an output directory) holds; None is the base model.
 
+        A plain LoRA adapter becomes inputs of the package; any other is merged into the base model first.
+
         Raises:
             UnsupportedModelError: the task does not generate text.
         """
@@ -222,12 +236,15 @@ class QEffModelManager:
             raise UnsupportedModelError(
                 "a classifier generates no text: load it with QEFFAutoModelForSequenceClassification."
             )
-        if tuned is not None and (tuned / "adapter_config.json").is_file():
+        adapted = tuned is not None and (tuned / "adapter_config.json").is_file()
+        if adapted and tuned is not None and is_swappable(tuned):
             model: Any = QEFFAutoPeftModelForCausalLM.from_pretrained(
                 tuned, base_model=str(self.source.directory), cache_home_dir=self.home
             )
         else:
             place = self.source.directory if tuned is None else tuned
+            if adapted:
+                place = merged_checkpoint(place, self.source, self.store)
             model = QEFFAutoModelForCausalLM.from_pretrained(str(place), cache_home_dir=self.home)
         model.compile(ctx_len=ctx_len)
         return model
@@ -251,6 +268,15 @@ class QEffModelManager:
             "optim": str(getattr(args.optim, "value", args.optim)),
             **({} if self.config.method == "sft" else self.config.method_options()),
         }
+
+    def _trainable(self) -> Sequence[str] | Callable[[Any], Sequence[str]] | None:
+        """What trains where there is no adapter."""
+        config = self.config
+        if config.unfreeze_last_n is not None:
+            return partial(last_blocks, count=config.unfreeze_last_n)
+        if config.freeze_layers is not None:
+            return partial(all_but_first_blocks, count=config.freeze_layers)
+        return config.trainable
 
     def _threads(self) -> int | None:
         if self.args.num_cores is not None:

@@ -96,7 +96,11 @@ def page() -> str:
         "",
         "The keys are [peft's](https://huggingface.co/docs/peft/package_reference/lora).",
         "",
-        *_table((name, "", _spellings(name, lora.LORA_ALIASES), _LORA[name]) for name in lora.NAMES),
+        *_table((name, "", _spellings(name, lora.LORA_ALIASES), _ADAPTER[name]) for name in lora.NAMES),
+        "",
+        "With `peft_type: IA3` they are those of [IA3](https://huggingface.co/docs/peft/package_reference/ia3):",
+        "",
+        *_table((name, "", _spellings(name, lora.LORA_ALIASES), _ADAPTER[name]) for name in lora.IA3_NAMES),
         "",
         "## How it runs: `QEffTrainingArgs`",
         "",
@@ -113,7 +117,8 @@ def page() -> str:
         ),
         "",
         "Names of older versions are understood: `warmup_ratio`, `group_by_length`, `gradient_checkpointing`"
-        " (`recompute`).",
+        " (`recompute`); so are `load_in_8bit` and `load_in_4bit` (`base_weights`), and `dtype` or `torch_dtype` where"
+        " it is float32.",
         "",
         "## Other options of transformers",
         "",
@@ -129,7 +134,10 @@ def page() -> str:
 
 
 #: What peft's keys mean here.
-_LORA = {
+_ADAPTER = {
+    "peft_type": "IA3; LoRA when it is left out",
+    "feedforward_modules": "of target_modules, those whose input is scaled and not the output",
+    "init_ia3_weights": "begin with ones, which change nothing",
     "r": "rank of the adapter",
     "lora_alpha": "the adapter counts lora_alpha / r times; peft's default is 8",
     "lora_dropout": "recorded; training uses 0, so that every run computes the same numbers",
@@ -138,6 +146,8 @@ _LORA = {
     "modules_to_save": "modules trained as a whole, such as a new head",
     "bias": "none, all, or lora_only",
     "use_rslora": "scale by the root of r instead of r",
+    "use_dora": "train the magnitudes of the adapted weights apart from their directions (DoRA)",
+    "trainable_token_indices": "tokens whose rows train: a list for the embedding, or module name -> list",
     "init_lora_weights": "how the adapter begins",
     "layers_to_transform": "numbers of the layers that get one",
     "layers_pattern": "name of the list of layers, where peft does not know it",

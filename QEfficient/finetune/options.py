@@ -20,7 +20,7 @@ PLACES: dict[str, list[str]] = {
     "QEffTrainingArgs": [
         *(f.name for f in dataclasses.fields(QEffTrainingArgs) if f.init), *arguments.ALIASES, *arguments.RENAMED
     ],
-    "lora_config": [*lora.NAMES, *lora.LORA_ALIASES],
+    "lora_config": list(dict.fromkeys([*lora.NAMES, *lora.IA3_NAMES, *lora.LORA_ALIASES])),
 }  # fmt: skip
 
 

@@ -71,11 +71,13 @@ def fitted(
     """
     from QEfficient.finetune.options import split_options
 
-    _, how = split_options(options)
+    what, how = split_options(options)
     rows = how.per_device_train_batch_size * how.gradient_accumulation_steps
     least = None
     for rung in _RUNGS:
         if any(options.get(name) not in (None, value, False, "fp32") for name, value in rung.items()):
+            continue
+        if what.uses_dora and "base_weights" in rung:  # which would be refused
             continue
         micro = how.per_device_train_batch_size
         while micro >= 1:

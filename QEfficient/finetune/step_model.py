@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 #: Fields of a PEFT configuration that change values or bookkeeping, but not the graph of the step.
 _NOT_GEOMETRY = {
     "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
-    "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights",
+    "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "init_ia3_weights",
 }  # fmt: skip
 #: Adapters whose forward pass has been checked against torch in a step.
-_ADAPTERS = ("LORA",)
+_ADAPTERS = ("LORA", "IA3")
 
 
 @dataclass
@@ -48,12 +48,13 @@ class StepModel:
         trained: parameter name in the wrapped model -> float32 parameter with its content, in the model's order.
         file_names: parameter name -> name in adapter or checkpoint files; the graph uses these.
         adapter: name of the PEFT adapter that trains, None without one.
-        scaling: float32 [LoRA modules] for the adapter.
+        scaling: float32 [LoRA modules] for the adapter; None where there are none.
         identity: JSON-ready content that decides the graph and its frozen weights.
         find_weights: workspace directory -> frozen weights by graph name; may write files there.
         facts: what the package says about the model.
         config: the model's configuration (transformers).
         peft_config: the adapter's configuration (peft), None without one.
+        own_config: ``config`` is not the base checkpoint's, so that an adapter needs it beside it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StepModel:
     facts: dict[str, Any]
     config: Any
     peft_config: Any = None
+    own_config: bool = False
 
     @property
     def vocabulary(self) -> int | None:
@@ -135,12 +137,13 @@ def from_module(model: Any, trainable: Sequence[str] | None = None) -> StepModel
         trained={name: nn.Parameter(p.detach().float().clone()) for name, p in trained.items()},
         file_names=names,
         adapter=adapter,
-        scaling=scaling_vector(model, adapter) if adapter is not None else None,
+        scaling=scaling_of(model, adapter),
         identity=identity_of(identity, trained, names, adapter, peft_config, model),
         find_weights=find,
         facts=model_facts(base),
         config=base.config,
         peft_config=peft_config,
+        own_config=is_classifier(base),
     )
 
 
@@ -152,8 +155,15 @@ def _adapter_of(model: Any) -> tuple[str | None, Any]:
     name = active if isinstance(active, str) else active[0]
     kind = str(getattr(config[name].peft_type, "value", config[name].peft_type))
     if kind not in _ADAPTERS:
-        raise UnsupportedModelError(f"adapters of the kind {kind} cannot train through a compiled step: use LoRA.")
+        raise UnsupportedModelError(
+            f"adapters of the kind {kind} cannot train through a compiled step: use LoRA or IA3."
+        )
     return name, config[name]
+
+
+def scaling_of(model: nn.Module, adapter: str | None) -> np.ndarray | None:
+    """The adapter's scaling, None where no LoRA layer takes one."""
+    return scaling_vector(model, adapter) if adapter is not None and lora_modules(model) else None
 
 
 def check_kind(base: Any) -> None:

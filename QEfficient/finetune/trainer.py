@@ -412,7 +412,7 @@ def save_trained(step: CompiledStep, directory: Path, base: BaseFiles | None = N
             shutil.copyfile(path, directory / path.name)
         return
     save_tensors(step.file_tensors(), directory / ADAPTER_WEIGHTS)
-    if step.is_classifier:  # names and number of the classes are nowhere else
+    if step.own_config:  # names and number of the classes, or of the tokens, are nowhere else
         step.config.save_pretrained(str(directory))
     text = json.dumps(adapter_settings(step), indent=2, sort_keys=True, default=str) + "\n"
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")

@@ -80,6 +80,9 @@ class ModelSource(ABC):
 class CheckpointSource(ModelSource):
     """A checkpoint directory. Nothing is loaded until asked for."""
 
+    #: Whether `config` says something else than the directory's own: it then belongs beside what is trained.
+    changes_config = False
+
     def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
         self.directory, self.name, self.trust_remote_code = directory, name, trust_remote_code
         self._config = _read_json(directory / "config.json")

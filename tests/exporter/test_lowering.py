@@ -154,6 +154,8 @@ REDUCTIONS: dict[str, Function] = {
     "sum of flags": lambda w, v, x, n: (x > 0).sum(0) * v,
     "mean of all": lambda w, v, x, n: (x * v).mean(),
     "mean": lambda w, v, x, n: (x * v).mean(dim=1, keepdim=True) + (x * v).mean(dim=(0, 1)),
+    "norm": lambda w, v, x, n: torch.linalg.norm(x * v, dim=1) + torch.linalg.norm(w * v),
+    "norm of columns": lambda w, v, x, n: torch.linalg.norm(x * v, dim=0, keepdim=True).detach() * v,
     "largest": lambda w, v, x, n: (x * v).amax(dim=0) + (x * v).amax(dim=1, keepdim=True),
     "smallest": lambda w, v, x, n: (x * v).amin(dim=-1),
     "any at all": lambda w, v, x, n: (x > 1).any() * v,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from step_models import base_model, compiled, step_gradients, token_batch, with_lora
 from tiny_models import tiny_causal_lm, tiny_encoder
@@ -185,14 +185,8 @@ def test_the_models_own_dropout_is_off() -> None:
             ),
             "PROMPT_TUNING cannot train",
         ),
-        (
-            lambda: get_peft_model(
-                base_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-            ),
-            "IA3 cannot train",
-        ),
     ],
-    ids=["linear", "none", "no head", "encoder-decoder", "prompt tuning", "ia3"],
+    ids=["linear", "none", "no head", "encoder-decoder", "prompt tuning"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_trained(model: Callable[[], Any], words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words) as error:

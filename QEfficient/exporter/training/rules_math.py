@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from QEfficient.errors import ExportError
 from QEfficient.exporter.training.builder import DTYPES
 from QEfficient.exporter.training.lowering import Lowering, dtype_of, is_tensor, rule
 from QEfficient.exporter.training.rules_shape import joined_halves
@@ -144,7 +145,10 @@ def to_copy(s: Lowering, n: Node, x: Node, **options: Any) -> ir.Value:
 
 
 def _reduce(s: Lowering, n: Node, op_type: str, x: Node, dims: Any, keepdim: bool) -> ir.Value:
-    value = s.number(x, dtype_of(n))
+    return _reduced(s, op_type, s.number(x, dtype_of(n)), dims, keepdim)
+
+
+def _reduced(s: Lowering, op_type: str, value: ir.Value, dims: Any, keepdim: bool) -> ir.Value:
     axes = [] if dims is None else ([dims] if isinstance(dims, int) else list(dims))
     if not axes:
         return s.build.op(op_type, value, keepdims=int(keepdim))
@@ -169,6 +173,16 @@ def reduce_max(s: Lowering, n: Node, x: Node, dims: Any = (), keepdim: bool = Fa
 @rule("amin.default")
 def reduce_min(s: Lowering, n: Node, x: Node, dims: Any = (), keepdim: bool = False) -> ir.Value:
     return _reduce(s, n, "ReduceMin", x, dims, keepdim)
+
+
+@rule("linalg_vector_norm.default")
+def vector_norm(
+    s: Lowering, n: Node, x: Node, ord: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
+) -> ir.Value:
+    if ord != 2:
+        raise ExportError(f"a vector norm of order {ord} has no rule for ONNX in a training step: only order 2 has.")
+    value = s.number(x, dtype_of(n))
+    return s.build.op("Sqrt", _reduced(s, "ReduceSum", s.build.op("Mul", value, value), dims, keepdim))
 
 
 @rule("any.default", "any.dim", "any.dims")

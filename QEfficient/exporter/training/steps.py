@@ -35,7 +35,7 @@ class TokenStep(nn.Module):
     Inputs: ``input_ids``, ``attention_mask`` (segments: 0 = padding) and ``position_ids`` int64 [batch, seq];
     ``rows`` int64 [rows], places in the flattened batch whose next token is predicted; ``row_labels`` int64 [rows],
     that token; ``row_weights`` float32 [rows]. With ``teacher_top`` = K also ``teacher_ids`` int64 [rows, K],
-    ``teacher_logprobs`` float32 [rows, K] and ``teacher_weights`` float32 [rows]. With an adapter also
+    ``teacher_logprobs`` float32 [rows, K] and ``teacher_weights`` float32 [rows]. With LoRA also
     ``lora_scaling`` float32 [LoRA modules].
 
     Outputs: ``loss`` = -sum(row_weights * log p) + sum(teacher_weights * sum_k p_k (log p_k - log q_k)), and
@@ -145,12 +145,15 @@ class ClassificationStep(nn.Module):
 
 
 def _scaling_input(model: nn.Module, adapter: str | None) -> tuple[StepInput, ...]:
-    return () if adapter is None else (StepInput(SCALING_INPUT, "float32", (len(lora_modules(model)),)),)
+    count = 0 if adapter is None else len(lora_modules(model))
+    return (StepInput(SCALING_INPUT, "float32", (count,)),) if count else ()
 
 
 def _scaled(model: nn.Module, adapter: str | None, more: tuple[torch.Tensor, ...]) -> Any:
-    """LoRA layers multiply by the last input for the body, where there is an adapter."""
-    return contextlib.nullcontext() if adapter is None else scaling_as_input(model, adapter, more[-1])
+    """LoRA layers multiply by the last input for the body, where there are any."""
+    if adapter is None or not _scaling_input(model, adapter):
+        return contextlib.nullcontext()
+    return scaling_as_input(model, adapter, more[-1])
 
 
 def output_head(model: nn.Module) -> nn.Module:
