@@ -45,6 +45,7 @@ ALIASES = {
     **dict.fromkeys(("column_map", "columns_map"), "columns"),
     **dict.fromkeys(("dpo_beta", "pref_beta", "rl_beta"), "beta"),
     **dict.fromkeys(("teacher", "teacher_model_name_or_path", "teacher_model_id"), "teacher_model"),
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_processes"), "dataset_num_proc"),
     "mix_strategy": "mixing",
     "buffer_size": "shuffle_buffer_size",
     **dict.fromkeys(("freeze_trainable_layers", "train_last_layers"), "unfreeze_last_n"),
@@ -128,6 +129,7 @@ class QEffConfig:
             ``"file.py:function"`` or a callable of (row, rng).
         packing: several short rows in one, kept apart by their segment numbers.
         sample_size: most training rows, drawn with ``seed``.
+        dataset_num_proc: processes that tokenize; None means one for every core where there are 2,000 rows or more.
         seed: of the split, the sample and the order of rows.
         trainable: name patterns (``fnmatch``) of the parameters to train, instead of LoRA.
         unfreeze_last_n: train this many of the last layers, and a classifier's head, instead of LoRA; below 0 of the
@@ -183,6 +185,7 @@ class QEffConfig:
     augment: tuple[Any, ...] | None = None
     packing: bool = False
     sample_size: int | None = None
+    dataset_num_proc: int | None = None
     seed: int = 42
     trainable: tuple[str, ...] | None = None
     unfreeze_last_n: int | None = None
@@ -211,8 +214,9 @@ class QEffConfig:
             raise OptionError(f"train_frac must be a number above 0 and at most 1, got {short(self.train_frac)}.")
         put("max_ctx_len", integer("max_ctx_len", self.max_ctx_len, minimum=2))
         put("seed", integer("seed", self.seed, minimum=0))
-        if self.sample_size is not None:
-            put("sample_size", integer("sample_size", self.sample_size))
+        for name in ("sample_size", "dataset_num_proc"):
+            if getattr(self, name) is not None:
+                put(name, integer(name, getattr(self, name)))
         for name in _TEXTS:
             if getattr(self, name) is not None:
                 text(name, _path_text(getattr(self, name)))

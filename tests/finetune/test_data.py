@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -951,3 +952,28 @@ def test_a_length_in_the_arguments_counts(home):
     options = {"args": QEffTrainingArgs(max_ctx_len=20)}
     manager = QEffDataManager(QEffConfig("m", row, train_frac=1.0), byte_tokenizer(), cache_home_dir=home, **options)
     assert manager.prepare_dataset()[0].lengths.tolist() == [20]
+
+
+def test_several_processes_make_the_same_rows(home):
+    """Augmentation, bad rows and drops included; and the first bad row is named, whoever reads it."""
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a" * n}]}
+        for n in range(1, 60)
+    ]
+    rows[20]["messages"], rows[40]["messages"] = [{"role": "nobody", "content": "x"}], []
+
+    def made(processes: int, **options: Any) -> tuple[Any, Any]:
+        config = QEffConfig(
+            "m", rows, dataset_num_proc=processes, max_ctx_len=64, chat_template="chatml", truncation="drop", **options
+        )
+        manager = QEffDataManager(config, byte_tokenizer(), cache_home_dir=home / str(processes))
+        train, _ = manager.prepare_dataset()
+        return [{k: v.tolist() for k, v in row.items()} for row in train], manager.audit.to_dict()
+
+    one, two = (made(p, on_bad_row="skip", augment=["system_dropout:0.5"]) for p in (1, 2))
+    assert one == two
+    assert len(one[0]) > 10
+    assert len(one[1]["bad_rows"]) >= 1
+    for processes in (1, 2):
+        with pytest.raises(InputError, match=r"Row 21 .*nobody"):
+            made(processes, train_frac=1.0)

@@ -128,7 +128,7 @@ class ChatRenderer:
                 continue
             floor = spans[-1][1] if spans else 0
             prompt = self.text(messages[:index], tools, generation_prompt=True) if index else ""
-            through = self.text(messages[: index + 1], tools)
+            through = whole if index + 1 == len(messages) else self.text(messages[: index + 1], tools)
             content = message["content"].strip()
             begins = whole.startswith(prompt) and len(prompt) >= floor
             if begins and whole.startswith(through) and content in whole[len(prompt) : len(through)]:

@@ -22,6 +22,7 @@ from QEfficient.finetune.data.examples import Example
 from QEfficient.finetune.data.files import Rows, Unreadable
 from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
 from QEfficient.finetune.data.formats import Renamer, pairs_in, read_row
+from QEfficient.finetune.data.parallel import in_order, processes_for
 from QEfficient.finetune.data.recognise import recognise
 from QEfficient.finetune.data.sources import Source
 from QEfficient.finetune.data.token_rows import TokenRows
@@ -236,17 +237,25 @@ class Preparation:
         labels = self.source.labels if rows is self.source.train else None
         if name == "train" and self._respond is not None:
             self._answers = self._answered(rows, numbers, progress)
-        for done, index in enumerate(numbers.tolist()):
+
+        def encoded(index: int) -> InputError | list[list[Encoded] | Dropped | None]:
+            label = labels[index] if labels is not None else index + 1
+            try:
+                return self.encode(rows[index], label, augment=name == "train", place=index + 1)
+            except InputError as error:
+                return error
+
+        processes = processes_for(len(numbers), self.config.dataset_num_proc)
+        for done, variants in enumerate(in_order(encoded, numbers.tolist(), processes)):
             if done % _PROGRESS_EVERY == 0:
                 progress(f"tokenizing {name} rows", done, len(numbers))
-            try:
-                label = labels[index] if labels is not None else index + 1
-                variants = self.encode(rows[index], label, augment=name == "train", place=index + 1)
-            except InputError as error:
+            index = int(numbers[done])
+            label = labels[index] if labels is not None else index + 1
+            if isinstance(variants, InputError):
                 if self.config.on_bad_row == "error":
-                    raise
+                    raise variants
                 dropped[_BAD] += 1
-                self.bad_rows.append(str(error))
+                self.bad_rows.append(str(variants))
                 continue
             self._made[name] += len(variants)
             for made in variants:

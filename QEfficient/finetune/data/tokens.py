@@ -48,8 +48,15 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text, with nothing around them."""
+        return self._many([text])[0] if text else []
+
+    def _many(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts, which a fast tokenizer encodes side by side."""
         # verbose would warn of every text longer than the model's limit, which is shortened here.
-        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
+        found: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included, spaces as they are."""
@@ -61,11 +68,12 @@ class TextEncoder:
         The ids of the whole are used where those of every beginning are a prefix of them. Where a token would cross a
         boundary, the texts are encoded apart, because inference ends the prompt exactly there.
         """
-        whole = self.ids("".join(texts))
-        cuts, head = [0], ""
-        for text in texts[:-1]:
-            head += text
-            begin = self.ids(head)
+        heads = list(itertools.accumulate(texts))
+        if not heads:
+            return [], False
+        *begins, whole = self._many(heads)
+        cuts = [0]
+        for begin in begins:
             if len(begin) < cuts[-1] or whole[: len(begin)] != begin:
                 return self._apart(texts, whole), True
             cuts.append(len(begin))
