@@ -14,6 +14,8 @@ DISJOINT = 32
 #: Automatic lists: (largest context, first decode value, first prefill value), doubled up to the context.
 _AUTOMATIC = ((32 << 10, 4096, 4000), (64 << 10, 8192, 8000), (None, 16384, 16000))
 _FEW, _MANY = 5, 10
+#: The first value of the one list there is when prompts come token by token.
+_FIRST_SHARED = 4096
 
 
 def specializations(options: CompileOptions, task: str) -> tuple[Specialization, ...]:
@@ -113,14 +115,16 @@ def context_windows(options: CompileOptions) -> tuple[list[dict[str, int]], list
     if prompts is None and answers is None and not options.ccl_enabled:
         return [{}], [{}], context
     if options.prefill_seq_len == 1:  # one list serves both, nothing can clash
-        own = answers or prompts
-        shared = _up_to(own, context, "comp_ctx_lengths_decode") if own else _automatic(context, 4096, _MANY)
+        own, steps = answers or prompts, _steps(context, _FIRST_SHARED, _MANY)
+        shared = _up_to(own, context, "comp_ctx_lengths") if own else _automatic(context, _FIRST_SHARED, steps)
         return _symbols(shared), _symbols(shared), context
     first_decode, first_prefill = next((d, p) for most, d, p in _AUTOMATIC if most is None or context <= most)
-    before = (
-        _up_to(prompts, context, "comp_ctx_lengths_prefill") if prompts else _automatic(context, first_prefill, _FEW)
-    )
-    after = _up_to(answers, context, "comp_ctx_lengths_decode") if answers else _automatic(context, first_decode, _FEW)
+    steps = _steps(context, first_decode, _FEW)
+    before, after = _automatic(context, first_prefill, steps), _automatic(context, first_decode, steps)
+    if prompts is not None:
+        before = _up_to(prompts, context, "comp_ctx_lengths_prefill")
+    if answers is not None:
+        after = _up_to(answers, context, "comp_ctx_lengths_decode")
     if options.prefill_only is not None:
         return _symbols(before), _symbols(after), context
     after[-1] = context + DISJOINT
@@ -128,7 +132,7 @@ def context_windows(options: CompileOptions) -> tuple[list[dict[str, int]], list
     if both:
         raise OptionError(
             f"comp_ctx_lengths_prefill and comp_ctx_lengths_decode both have {both[0]}, and the compiler takes no "
-            f"value twice: write {both[0] - DISJOINT} in the prefill list, for example."
+            "value twice: change it in one of them."
         )
     return _symbols(before), _symbols(after), context + DISJOINT
 
@@ -139,12 +143,13 @@ def _up_to(values: Sequence[int], context: int, option: str) -> list[int]:
     return [*(value for value in values if value < context), context]
 
 
-def _automatic(context: int, first: int, most: int) -> list[int]:
-    values: list[int] = []
-    while first < context and len(values) < most - 1:
-        values.append(first)
-        first *= 2
-    return [*values, context] if context > 4096 else [context]
+def _automatic(context: int, first: int, steps: int) -> list[int]:
+    return [*(first << step for step in range(steps)), context]
+
+
+def _steps(context: int, first: int, most: int) -> int:
+    """How many values an automatic list has before the context itself: ``first``, doubled while it is shorter."""
+    return sum(first << step < context for step in range(most - 1)) if context > 4096 else 0
 
 
 def _symbols(values: Sequence[int]) -> list[dict[str, int]]:

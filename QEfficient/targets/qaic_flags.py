@@ -24,7 +24,7 @@ class Flag:
     choices: tuple[str, ...] = ()
 
 
-#: Option name (dashes are underscores) -> what it takes. Those with a field of their own, such as ``mos``, are not here.
+#: Option (dashes are underscores) -> what it takes. Those with a field of their own, such as ``mos``, are not in it.
 FLAGS: dict[str, Flag] = {
     "ols": Flag("power", 1, 16),
     "mdts_mos": Flag("int", 1),
