@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from QEfficient.cli.common import CacheDir, OutputDir, Pooling, Task, Transforms
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
 from QEfficient.cli.opening import is_package
 from QEfficient.errors import OptionError
+
+if TYPE_CHECKING:
+    from QEfficient.targets.manifest import Manifest
 
 
 def compile(
@@ -84,8 +87,18 @@ def summarize(package: Path) -> None:
     table.add_row("task, target", f"{manifest.task}, {manifest.target}")
     table.add_row("specializations", escape("\n".join(str(spec) for spec in manifest.specializations)))
     table.add_row("transforms", escape(", ".join(str(t["name"]) for t in manifest.transforms)) or "none")
+    state = _state(manifest)
+    if state:
+        table.add_row("state", state)
     table.add_row("size", human_size(sum(file.size for file in manifest.files.values())))
     Console(stderr=True).print(table)
+
+
+def _state(manifest: Manifest) -> str:
+    """What a person must know before relying on the package; empty for one that was compiled."""
+    if manifest.stand_in:
+        return "made by a stand-in of the toolchain: it holds no program and runs nowhere"
+    return "a dry run: nothing was compiled" if manifest.runtime.get("dry_run") else ""
 
 
 def print_transforms(package: Path) -> None:

@@ -148,6 +148,8 @@ class CacheFunctions(OnnxTransform):
         for name in sorted(used):
             function = onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>{_BODIES[name]}')
             made = ir.serde.deserialize_function(function)
+            for number, inner in enumerate(made):  # a compiler that inlines it names the parts after the call and them
+                inner.name = f"{inner.op_type}_{number}"
             model.functions[made.identifier()] = made
         graph.opset_imports[DOMAIN] = 1
         passes.RemoveUnusedNodesPass()(model)
