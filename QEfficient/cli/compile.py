@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from QEfficient.cli.cache import human_size
+from QEfficient.cli.cloud_flags import CloudFlags
 from QEfficient.cli.common import CacheDir, OutputDir, Pooling, Task, Transforms, TrustRemoteCode
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
 from QEfficient.cli.opening import is_package
@@ -29,6 +30,7 @@ def compile(
     shapes: ShapeFlags,
     encoder: EncoderFlags,
     target: TargetFlags,
+    cloud: CloudFlags,
     output: OutputDir = None,
     transform: Transforms = None,
     task: Task = None,
@@ -43,15 +45,17 @@ def compile(
 
     A summary goes to stderr.
     The package is kept in the cache; --output also copies it to a place of its own.
+    A dry run for Cloud AI also prints the command that would compile it.
 
     [bold]Examples[/bold]
 
     qefficient compile ./my-model --ctx-len 2048 --output ./my-package
     qefficient compile ./my-model --weights int4 --explain
+    qefficient compile ./my-model --target qaic --dry-run --num-cores 14 --num-devices 4 --mxfp6-matmul --output ./aic
     qefficient compile ./my-encoder --pooling mean --seq-len 128 --seq-len 512
     qefficient compile ./my-model --transform FP16Clip --transform SplitWeights:max_shard_size=1GB
     """
-    options = asked(shapes, encoder, target).to_json()
+    options = asked(shapes, encoder, target, cloud).to_json()
     if is_package(model):
         raise OptionError(f"{model} is a package already: name the checkpoint or the model.onnx it was made from.")
     if model.endswith(".onnx"):
@@ -70,6 +74,10 @@ def compile(
     summarize(package)
     if explain:
         print_transforms(package)
+        print_memory(package)
+    command = package / "command.txt"
+    if options.get("dry_run") and command.is_file():
+        typer.echo(f"# in {package}:\n{command.read_text(encoding='utf-8').strip()}")
     typer.echo(package)
 
 
@@ -114,6 +122,22 @@ def print_transforms(package: Path) -> None:
         facts = record.get("facts") or {}
         lines = [line for name, value in facts.items() for line in _fact_lines(name, value)]
         table.add_row(record.get("program") or "all", str(record["name"]), escape("\n".join(lines) or "nothing to do"))
+    Console(stderr=True).print(table)
+
+
+def print_memory(package: Path) -> None:
+    """Prints what a Cloud AI package needs of a device's memory, as far as that can be estimated, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from QEfficient.targets.manifest import Manifest
+
+    memory = Manifest.load(package).runtime.get("memory")
+    if not memory:
+        return
+    table = Table("Device memory (estimate)", f"on each of {memory['devices']}")
+    table.add_row("weights", human_size(memory["weights_bytes"]))
+    table.add_row("state between steps (KV)", human_size(memory["kv_bytes"]))
     Console(stderr=True).print(table)
 
 

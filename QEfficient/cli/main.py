@@ -8,6 +8,7 @@ import typer
 
 # Nothing heavy may be imported from here on: torch, transformers and ONNX Runtime wait inside the commands.
 from QEfficient.cli import cache, data
+from QEfficient.cli.check import check
 from QEfficient.cli.command import add_command
 from QEfficient.cli.compile import compile
 from QEfficient.cli.doctor import doctor
@@ -54,7 +55,7 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, execute, validate, tune, finetune, merge, doctor):
+for _command in (infer, embed, export, compile, execute, validate, check, tune, finetune, merge, doctor):
     add_command(app, _command, open_ended=_command is finetune)
 app.add_typer(cache.app)
 app.add_typer(data.app)

@@ -1,5 +1,6 @@
 """The whole compile path against a strict stand-in of the vendor's tools, which refuses what they would refuse."""
 
+import contextlib
 import json
 import os
 import random
@@ -338,12 +339,10 @@ def test_the_stand_in_refuses_a_hundred_mutations(rich, tmp_path):
             mutate_yaml(draw, place / draw.choice(mutated[2:4]))
         else:
             mutate_graph(draw, place / "model.onnx")
-        try:
+        with contextlib.suppress(Refused):
             compiler.compile("qaic-compile", words, place, (1, 23))
             taken.append((seed, kind))
-        except Refused as error:
-            assert str(error)
-        assert not (place / "qpc").exists() or taken
+        assert taken or not (place / "qpc").exists()
         shutil.rmtree(place)
     assert taken == []
 

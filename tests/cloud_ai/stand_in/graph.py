@@ -101,7 +101,7 @@ class Graph:
         options.log_severity_level, options.intra_op_num_threads = 4, 1
         try:
             results = ort.InferenceSession(str(self.path), options).run(names, feeds)
-        except Exception as error:  # ONNX Runtime's own classes are not public
+        except Exception as error:  # noqa: BLE001  ONNX Runtime's own classes are not public
             raise Refused(f"the network does not compile at {dict(sizes)}: {str(error).splitlines()[0]}") from None
         shapes = {name: result.shape for name, result in zip(names, results, strict=True)}
         for source, result in self.states.items():

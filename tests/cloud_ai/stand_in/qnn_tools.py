@@ -17,7 +17,8 @@ from stand_in.graph import Graph
 CONVERTER = {
     "--input_network": True, "--output_path": True, "--config": True, "--float_bias_bitwidth": True,
     "--float_bitwidth": True, "--preserve_io_datatype": False, "--onnx_skip_simplification": False,
-    "--target_backend": True, "--onnx_define_symbol": True, "--dump_config_template": True, "--onnx_defer_loading": False,
+    "--target_backend": True, "--onnx_define_symbol": True, "--dump_config_template": True,
+    "--onnx_defer_loading": False,
 }  # fmt: skip
 GENERATOR = {
     "--binary_file": True, "--backend_binary": True, "--output_dir": True, "--backend": True, "--dlc_path": True,
@@ -84,10 +85,8 @@ def convert(argv: Sequence[str], directory: Path) -> None:
             shape = found[min(number, len(found) - 1)]
             need(len(shape) == len(dims), f"{path.name}: {name} has another rank")
             for size, dim in zip(shape, dims, strict=True):
-                need(
-                    size == (symbols.setdefault(dim.dim_param, size) if dim.dim_param else dim.dim_value),
-                    f"{path.name}: {name}",
-                )
+                known = symbols.setdefault(dim.dim_param, size) if dim.dim_param else dim.dim_value
+                need(size == known, f"{path.name}: a size of {name}")
         graph.run(symbols)
     facts = {"graphs": count, "states": [*graph.states, *graph.states.values()]}
     (directory / given["--output_path"]).write_bytes(MARK + b"\n" + json.dumps(facts).encode())
@@ -115,11 +114,10 @@ def generate(argv: Sequence[str], directory: Path, *, twice: bool = False) -> No
     config = files.keys(files.parsed_json(directory / given["--config_file"]), {"backend_extensions"}, where="config")
     where = files.keys(config["backend_extensions"], {"config_file_path", "shared_library_path"}, where="config")
     need(Path(where["shared_library_path"]).is_file(), f"unable to load {where['shared_library_path']}")
-    backend = files.keys(
-        files.parsed_json(directory / where["config_file_path"]), set(BACKEND) - OPTIONAL, OPTIONAL, "backend"
-    )
-    for key, content in backend.items():
-        need(type(content) is BACKEND[key], f"backend: {key} must be {BACKEND[key].__name__}")
+    content = files.parsed_json(directory / where["config_file_path"])
+    backend = files.keys(content, set(BACKEND) - OPTIONAL, OPTIONAL, "backend")
+    for key, setting in backend.items():
+        need(type(setting) is BACKEND[key], f"backend: {key} must be {BACKEND[key].__name__}")
     need(1 <= backend["compiler_num_of_cores"] <= 16, "backend: compiler_num_of_cores")
     names = ["model"] if dlc["graphs"] == 1 else ["model_configuration_1", "model_configuration_2"]
     need(backend["graph_names"] == names, f"backend: graph_names must be {names}")
