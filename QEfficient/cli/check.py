@@ -9,13 +9,21 @@ from typing import Annotated
 import typer
 
 from QEfficient.cli.cloud_flags import CloudFlags
-from QEfficient.cli.common import CacheDir, Checkpoint, Pooling, Task, TrustRemoteCode
+from QEfficient.cli.common import CacheDir, Pooling, Task, TrustRemoteCode
+from QEfficient.cli.compile import compiled
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
-from QEfficient.errors import OptionError, TransformError
+from QEfficient.errors import OptionError, TransformError, UnsupportedModelError
 
 
 def check(
-    model: Checkpoint,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_ONNX",
+            help="A checkpoint directory, a hub id such as org/name, or the model.onnx that export printed.",
+            show_default=False,
+        ),
+    ],
     shapes: ShapeFlags,
     encoder: EncoderFlags,
     target: TargetFlags,
@@ -41,7 +49,6 @@ def check(
     from rich.markup import escape
     from rich.table import Table
 
-    from QEfficient.api import wrap
     from QEfficient.onnx_io import load_model
     from QEfficient.targets.cloud_check import check_graph, operators
     from QEfficient.targets.manifest import Manifest
@@ -49,16 +56,23 @@ def check(
     options = asked(shapes, encoder, target, cloud).replace(dry_run=True)
     if options.target not in ("qaic", "qnn"):
         raise OptionError("check is for Cloud AI: pass --target qaic or --target qnn.")
-    wrapped = wrap(model, task=task, pooling=pooling, trust_remote_code=trust_remote_code, cache_home_dir=cache_dir)
     console = Console()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            package = wrapped.compile(compile_dir=Path(scratch) / "package", **options.to_json())
+            package, exported = compiled(
+                model,
+                Path(scratch) / "package",
+                options.to_json(),
+                task=task,
+                pooling=pooling,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+            )
             manifest = Manifest.load(package)
-            path = wrapped.onnx_path if raw and wrapped.onnx_path is not None else package / "model.onnx"
+            path = exported if raw else package / "model.onnx"
             graph = load_model(path)
             findings = check_graph(graph, manifest, path)
-    except TransformError as error:
+    except (TransformError, UnsupportedModelError) as error:
         console.print(f"It would not compile: {error}", markup=False)
         raise typer.Exit(1) from None
     counts = operators(graph)

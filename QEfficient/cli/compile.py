@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,19 +59,16 @@ def compile(
     options = asked(shapes, encoder, target, cloud).to_json()
     if is_package(model):
         raise OptionError(f"{model} is a package already: name the checkpoint or the model.onnx it was made from.")
-    if model.endswith(".onnx"):
-        named = [("--task", task), ("--pooling", pooling), ("--trust-remote-code", trust_remote_code)]
-        extra = [flag for flag, value in named if value]
-        if extra:
-            raise OptionError(f"{model} is exported already, {extra[0]} cannot change it: leave it out.")
-        from QEfficient.api import compile as compile_onnx
-
-        package = compile_onnx(model, output, transforms=transform or (), cache_home_dir=cache_dir, **options)
-    else:
-        from QEfficient.api import wrap
-
-        wrapped = wrap(model, task=task, pooling=pooling, trust_remote_code=trust_remote_code, cache_home_dir=cache_dir)
-        package = wrapped.compile(compile_dir=output, transforms=transform or (), **options)
+    package, _ = compiled(
+        model,
+        output,
+        options,
+        transforms=transform or (),
+        task=task,
+        pooling=pooling,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
     summarize(package)
     if explain:
         print_transforms(package)
@@ -79,6 +77,39 @@ def compile(
     if options.get("dry_run") and command.is_file():
         typer.echo(f"# in {package}:\n{command.read_text(encoding='utf-8').strip()}")
     typer.echo(package)
+
+
+def compiled(
+    model: str,
+    output: Path | None,
+    options: dict[str, Any],
+    *,
+    transforms: Sequence[str] = (),
+    task: str | None = None,
+    pooling: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Path, Path]:
+    """The package of a checkpoint or an exported graph, and the graph it was made from.
+
+    Raises:
+        OptionError: a flag that cannot change a graph which is exported already.
+    """
+    if model.endswith(".onnx"):
+        named = [("--task", task), ("--pooling", pooling), ("--trust-remote-code", trust_remote_code)]
+        extra = [flag for flag, value in named if value]
+        if extra:
+            raise OptionError(f"{model} is exported already, {extra[0]} cannot change it: leave it out.")
+        from QEfficient.api import compile as compile_onnx
+
+        package = compile_onnx(model, output, transforms=transforms, cache_home_dir=cache_dir, **options)
+        return package, Path(model)
+    from QEfficient.api import wrap
+
+    wrapped = wrap(model, task=task, pooling=pooling, trust_remote_code=trust_remote_code, cache_home_dir=cache_dir)
+    package = wrapped.compile(compile_dir=output, transforms=transforms, **options)
+    assert wrapped.onnx_path is not None
+    return package, wrapped.onnx_path
 
 
 def summarize(package: Path) -> None:

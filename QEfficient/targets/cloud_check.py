@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 SEEN = frozenset({
     "Add", "And", "ArgMax", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "CumSum", "Div", "Dropout",
     "Einsum", "Equal", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "Greater",
-    "Identity", "InstanceNormalization", "LayerNormalization", "Less", "LessOrEqual", "Log", "MatMul", "Mod", "Mul", "Neg", "Not",
-    "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements",
-    "ScatterND", "Shape", "Sigmoid", "Sign", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK",
-    "Transpose", "Unsqueeze", "Where", "Xor", "BitShift", "CastLike", "DequantizeLinear", "MatMulNBits",
+    "Identity", "InstanceNormalization", "LayerNormalization", "Less", "LessOrEqual", "Log", "MatMul", "Mod", "Mul",
+    "Neg", "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape",
+    "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Tile", "TopK", "Transpose", "Unsqueeze", "Where", "Xor", "BitShift", "CastLike", "DequantizeLinear", "MatMulNBits",
 })  # fmt: skip
 #: Their output's shape depends on data, and the compiler takes exact shapes only.
 DATA_DEPENDENT = frozenset({"NonZero", "Unique", "Compress", "StringSplit", "NonMaxSuppression"})
 MOST_OPSET, MOST_IR = 18, 8
+#: Operators whose output's size their inputs' contents decide, and which inputs those are.
+_SHAPED_BY = {
+    "Slice": (1, 2), "Range": (0, 1, 2), "Expand": (1,), "Reshape": (1,), "ConstantOfShape": (0,), "Tile": (1,),
+    "Split": (1,), "TopK": (1,), "Pad": (1,), "OneHot": (1,),
+}  # fmt: skip
 #: What one protobuf file can hold.
 MOST_PROTOBUF = 2 << 30
 INT32_MAX = (1 << 31) - 1
@@ -54,6 +59,7 @@ def check_graph(model: ir.Model, manifest: Manifest, path: Path) -> list[Finding
     found = [
         *_versions(model, path),
         *_operators(model),
+        *_shapes(model),
         *_sizes(model, manifest),
         *_states(model),
         *_constants(model),
@@ -79,12 +85,9 @@ def _operators(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
         kind = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         where.setdefault(kind, str(node.name))
-        if node.op_type in DATA_DEPENDENT and not node.domain:
-            change = "write the model without shapes that depend on data"
-            yield Finding(True, f"{kind} ({node.name}) gives a shape that depends on data", change)
-        elif node.domain and node.op_identifier() not in bodies and node.op_type not in SEEN:
+        if node.domain and node.op_identifier() not in bodies and node.op_type not in SEEN:
             yield Finding(True, f"{kind} ({node.name}) has no body in the graph", "give it a body, or replace it")
-        elif not node.domain and node.op_type not in SEEN:
+        elif not node.domain and node.op_type not in SEEN | DATA_DEPENDENT:
             unknown[kind] += 1
         if node.op_type == "Loop" and not _constant(node.inputs[0]):
             yield Finding(
@@ -94,6 +97,31 @@ def _operators(model: ir.Model) -> Iterator[Finding]:
         times = f"{count} times" if count > 1 else "once"
         change = "list the SDK's operators with qaic-compile -operators-supported=onnx, or rewrite it with a transform"
         yield Finding(False, f"{kind} ({times}, first {where[kind]}) is in no graph known to compile", change)
+
+
+def _shapes(model: ir.Model) -> Iterator[Finding]:
+    node = data_dependent(model)
+    if node is not None:
+        change = "write the model without shapes that depend on data"
+        yield Finding(True, f"{node.op_type} ({node.name}) gives a shape that depends on data", change)
+
+
+def data_dependent(model: ir.Model) -> ir.Node | None:
+    """The first node whose output's size depends on data, and not only on the sizes of inputs; None when all are exact.
+
+    The experts of a mixture-of-experts layer that take the rows routed to them are such a case.
+    """
+    fixed: set[ir.Value] = {v for v in model.graph.initializers.values() if not v.is_graph_input()}
+    for node in model.graph:
+        if node.op_type in DATA_DEPENDENT and not node.domain:
+            return node
+        read = list(node.inputs)
+        places = _SHAPED_BY.get(node.op_type, ()) if not node.domain else ()
+        if any(place < len(read) and (v := read[place]) is not None and v not in fixed for place in places):
+            return node
+        if node.op_type in ("Shape", "Size", "Constant") or all(v is None or v in fixed for v in read):
+            fixed.update(node.outputs)
+    return None
 
 
 def _sizes(model: ir.Model, manifest: Manifest) -> Iterator[Finding]:

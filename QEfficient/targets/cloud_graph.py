@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from QEfficient.errors import OptionError
+from QEfficient.errors import OptionError, UnsupportedModelError
 from QEfficient.targets.base import CompileRequest
+from QEfficient.targets.cloud_check import data_dependent
 from QEfficient.targets.manifest import Dim, Manifest, Specialization, TensorSpec
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic_files import RETAINED
@@ -45,6 +46,7 @@ def write_graph(request: CompileRequest) -> tuple[ir.Model, Manifest]:
 
     Raises:
         OptionError: the graph has a dimension that the options do not fix; nothing was written then.
+        UnsupportedModelError: the graph has shapes that depend on data; nothing was written then either.
         PackageError: ONNX Runtime does not take the graph.
     """
     import onnx_ir as ir
@@ -54,6 +56,13 @@ def write_graph(request: CompileRequest) -> tuple[ir.Model, Manifest]:
     from QEfficient.targets.program_files import place_weights
 
     model = load_model(request.onnx_path)
+    node = data_dependent(model) if request.manifest.task != "training" else None
+    if node is not None:
+        raise UnsupportedModelError(
+            f"{request.manifest.model.get('name')} has shapes that depend on data ({node.op_type}, node {node.name}), "
+            "as experts that take the rows routed to them have, and Cloud AI takes exact shapes only: compile it for "
+            "the host."
+        )
     manifest = _described(model, request.manifest)
     place_weights([model], request)
     inputs = {value.name: value for value in model.graph.inputs}

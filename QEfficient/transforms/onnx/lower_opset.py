@@ -15,7 +15,7 @@ import onnx_ir.passes.common as passes
 from QEfficient.errors import OptionError, TransformError
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.fixes_index import INDEX_RULES
-from QEfficient.transforms.onnx.fixes_math import MATH_RULES, known, required, scalar
+from QEfficient.transforms.onnx.fixes_math import MATH_RULES, required, scalar
 from QEfficient.transforms.onnx.graph import Maker, graphs_in, swap
 
 #: Opset -> the IR version that goes with it.
@@ -88,7 +88,9 @@ class LowerOpset(OnnxTransform):
             axes = node.inputs[1]
             node.attributes.pop("noop_with_empty_axes", None)
             if axes is not None:
-                places = known(axes)
+                # A constant may also be a node.
+                found = ir.convenience.get_const_tensor(axes)
+                places = found.numpy() if found is not None else None
                 if places is None:
                     raise TransformError(f"LowerOpset: the axes of {node.name} ({node.op_type}) are not constant.")
                 node.attributes["axes"] = ir.AttrInt64s("axes", [int(axis) for axis in places.reshape(-1)])
@@ -123,7 +125,9 @@ def _is_default(node: ir.Node, name: str, opset: int) -> bool:
     if (node.op_type, name) == ("Split", "num_outputs"):
         size = node.inputs[0].shape if node.inputs[0] is not None else None
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        return size is not None and isinstance(size[axis], int) and int(size[axis]) % len(node.outputs) == 0  # type: ignore[arg-type]
+        length = size[axis] if size is not None else None
+        # The older operator splits evenly or refuses, so an unknown length is left to it.
+        return not isinstance(length, int) or length % len(node.outputs) == 0
     schema = _schema(node.op_type, max(opset, 23))
     default = schema.attributes[name].default_value if schema is not None and name in schema.attributes else None
     return default is not None and onnx.helper.get_attribute_value(default) == node.attributes[name].value
