@@ -14,32 +14,16 @@ from QEfficient.targets.qaic_flags import FLAGS, check_flag, in_table_order
 
 #: Options that shape only a Cloud AI binary. Other targets record them and say so once.
 CLOUD_ONLY = (
-    "num_cores",
-    "num_devices",
-    "device_group",
-    "mxfp6_matmul",
-    "mxint8_kv_cache",
-    "mos",
-    "aic_enable_depth_first",
+    "num_cores", "num_devices", "device_group", "mxfp6_matmul", "mxint8_kv_cache", "mos", "aic_enable_depth_first",
     "allow_mxint8_mdp_io",
-    "prefill_only",
-    "num_speculative_tokens",
-    "ccl_enabled",
-    "comp_ctx_lengths_prefill",
-    "comp_ctx_lengths_decode",
-    "aic_hw_version",
-    "sdk_profile",
-    "mdp_num_partitions",
-    "mdp_load_partition_config",
-    "mdp_dump_partition_config",
-    "node_precision_info",
-    "use_onnx_subfunctions",
-    "qnn_config",
-    "compiler_flags",
-    "compile_timeout",
-)
-#: Left out of manifests and cache keys where they are not set, as packages that know nothing of them are no others.
-_SPARSE = ("dry_run", *CLOUD_ONLY[8:])
+)  # fmt: skip
+#: Likewise, and left out of manifests and cache keys where they are not set.
+_SPARSE_CLOUD = (
+    "prefill_only", "num_speculative_tokens", "ccl_enabled", "comp_ctx_lengths_prefill", "comp_ctx_lengths_decode",
+    "aic_hw_version", "sdk_profile", "mdp_num_partitions", "mdp_load_partition_config", "mdp_dump_partition_config",
+    "node_precision_info", "use_onnx_subfunctions", "qnn_config", "compiler_flags", "compile_timeout",
+)  # fmt: skip
+_SPARSE = ("dry_run", *_SPARSE_CLOUD)
 #: One number means a list of one.
 _LISTS = ("seq_len", "device_group", "num_speculative_tokens", "comp_ctx_lengths_prefill", "comp_ctx_lengths_decode")
 
@@ -272,7 +256,7 @@ class CompileOptions:
     def cloud_only_set(self) -> list[str]:
         """Names of the options set here that only a Cloud AI target acts on."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [name for name in CLOUD_ONLY if getattr(self, name) != defaults[name]]
+        return [name for name in (*CLOUD_ONLY, *_SPARSE_CLOUD) if getattr(self, name) != defaults[name]]
 
 
 def _take_enable_qnn(kwargs: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
 from QEfficient.targets.qaic_sdk import find_sdk
 from QEfficient.targets.registry import get_target
+from QEfficient.transforms.onnx.queue import resolve
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}.{}.weight"
 TRAINED = [
@@ -193,7 +194,6 @@ def test_a_row_of_one_token_still_has_a_place(step, store):
 
 
 def test_a_transform_that_breaks_the_graph_is_caught_in_a_dry_run(step, store, tmp_path):
-    from QEfficient.transforms.onnx.queue import resolve
 
     source = tmp_path / "broken.py"
     source.write_text(
@@ -516,6 +516,10 @@ def test_profile_by_hand(dry, step, tmp_path):
 
 
 def test_target_lists_what_a_training_graph_needs():
+    assert [t.name for t in resolve(get_target("qaic").transforms("training", CompileOptions()))] == [
+        "FixTrainingOps",
+        "FP16Clip",
+    ]
     assert get_target("qaic").transforms("training", CompileOptions()) == ("FixTrainingOps:profile=qaic", "FP16Clip")
     assert "LowerOpset:opset=17" in get_target("qaic").transforms("text-generation", CompileOptions(ctx_len=8))
     assert get_target("host").transforms("training", CompileOptions()) == ()

@@ -51,11 +51,9 @@ class KeepLogits(OnnxTransform):
         head.replace_input_with(1, index)
         shape = [hidden.shape[0] if hidden.shape is not None else None, ir.SymbolicDim(INPUT), width]
         hidden.shape = ir.Shape(shape)
-        for node in graph:  # everything between the head's input and the logits has one column more dimension
-            if hidden in node.inputs or any(v is not None and v in _after(hidden) for v in node.inputs):
-                for value in node.outputs:
-                    if value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1:
-                        value.shape = ir.Shape([value.shape[0], ir.SymbolicDim(INPUT), value.shape[2]])
+        for value in _after(hidden):  # up to the logits, one column became as many as are asked for
+            if value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1:
+                value.shape = ir.Shape([value.shape[0], ir.SymbolicDim(INPUT), value.shape[2]])
         return TransformResult(True, {"width": width})
 
 
