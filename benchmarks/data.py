@@ -100,8 +100,8 @@ def page(found: dict[tuple[str, int], list[dict[str, Any]]], rounds: int, rows: 
         "# Preparing data beside TRL",
         "",
         f"`python benchmarks/data.py --rows {rows.name}`: {count:,} rows of GSM8K, tokenized with the demo model's "
-        f"chat template, prompts masked, packed into rows of {LENGTH} tokens. Medians of {rounds} rounds in turn (least "
-        f"to most), {os.cpu_count()} cores, Python {platform.python_version()}. The ratio is the median of the rounds' "
+        f"chat template, prompts masked, packed into rows of {LENGTH} tokens. Medians of {rounds} rounds in turn "
+        f"(least to most), {os.cpu_count()} cores, Python {platform.python_version()}. The ratio is the median of the rounds' "
         "ratios. Efficiency is tokens by capacity of the packed rows. QEfficient leaves rows above the length out "
         '(`truncation="drop"`); TRL cuts them, in the middle of an answer if need be.',
         "",

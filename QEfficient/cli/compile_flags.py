@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from QEfficient.cli.cloud_flags import CloudFlags, cloud_values
 from QEfficient.errors import OptionError
 from QEfficient.targets.options import CompileOptions
 
@@ -117,11 +118,11 @@ class TargetFlags:
     ] = False
 
 
-def asked(*groups: ShapeFlags | EncoderFlags | TargetFlags) -> CompileOptions:
+def asked(*groups: ShapeFlags | EncoderFlags | TargetFlags | CloudFlags) -> CompileOptions:
     """The options that the flags of these groups ask for; OptionError when they contradict each other."""
     values: dict[str, Any] = {}
     for group in groups:
-        values |= dataclasses.asdict(group)
+        values |= cloud_values(group) if isinstance(group, CloudFlags) else dataclasses.asdict(group)
     if values.get("device_group") is not None:
         values["device_group"] = device_ids(values["device_group"])
     return CompileOptions.from_kwargs(**values)

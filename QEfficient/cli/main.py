@@ -9,6 +9,7 @@ import typer
 # Nothing heavy may be imported from here on: torch, transformers and ONNX Runtime wait inside the commands.
 from QEfficient.cli import cache, data
 from QEfficient.cli.card import card
+from QEfficient.cli.check import check
 from QEfficient.cli.command import add_command
 from QEfficient.cli.compile import compile
 from QEfficient.cli.doctor import doctor
@@ -57,7 +58,22 @@ def main(
     """
 
 
-for _command in (infer, embed, export, compile, quantize, execute, validate, tune, finetune, merge, card, push, doctor):
+for _command in (
+    infer,
+    embed,
+    export,
+    compile,
+    quantize,
+    execute,
+    validate,
+    check,
+    tune,
+    finetune,
+    merge,
+    card,
+    push,
+    doctor,
+):
     add_command(app, _command, open_ended=_command is finetune)
 app.add_typer(cache.app)
 app.add_typer(data.app)

@@ -58,7 +58,7 @@ def compile_export(
     if target.name == "host" and ignored:
         logger.warning("recorded, but without effect on the host target: %s", ", ".join(ignored))
     # What the target adds to the queue follows from its options and the code, which are in the key.
-    key = keys.package_key(export_key, [t.identity() for t in queue], options.to_json(), target.toolchain())
+    key = keys.package_key(export_key, [t.identity() for t in queue], options.identity(), target.toolchain())
     found = store.get(PACKAGES, key)
     if found is not None:
         return found

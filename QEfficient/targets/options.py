@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
+from QEfficient.targets.given_file import GIVEN_FILES, read_given
+from QEfficient.targets.qaic_flags import FLAGS, check_flag, in_table_order
 
 #: Options that shape only a Cloud AI binary. Other targets record them and say so once.
 CLOUD_ONLY = (
-    "num_cores",
-    "num_devices",
-    "device_group",
-    "mxfp6_matmul",
-    "mxint8_kv_cache",
-    "mos",
-    "aic_enable_depth_first",
+    "num_cores", "num_devices", "device_group", "mxfp6_matmul", "mxint8_kv_cache", "mos", "aic_enable_depth_first",
     "allow_mxint8_mdp_io",
-)
+)  # fmt: skip
+#: Likewise, and left out of manifests and cache keys where they are not set.
+_SPARSE_CLOUD = (
+    "prefill_only", "num_speculative_tokens", "ccl_enabled", "comp_ctx_lengths_prefill", "comp_ctx_lengths_decode",
+    "aic_hw_version", "sdk_profile", "mdp_num_partitions", "mdp_load_partition_config", "mdp_dump_partition_config",
+    "node_precision_info", "use_onnx_subfunctions", "qnn_config", "compiler_flags", "compile_timeout",
+)  # fmt: skip
+_SPARSE = ("dry_run", *_SPARSE_CLOUD)
+#: One number means a list of one.
+_LISTS = ("seq_len", "device_group", "num_speculative_tokens", "comp_ctx_lengths_prefill", "comp_ctx_lengths_decode")
 
 #: How matrices can be stored.
 WEIGHTS = ("fp32", "int8", "int4", "mixed")
@@ -35,6 +41,9 @@ ALIASES = {
     "context_length": "ctx_len",
     "mdp_ts_num_devices": "num_devices",
     "aic_num_cores": "num_cores",
+    "mdp_ts_num_partitions": "mdp_num_partitions",
+    "timeout": "compile_timeout",
+    "hw_version": "aic_hw_version",
     "precision": "weights",
     "quantization": "weights",
     "bits": "weights",
@@ -50,7 +59,8 @@ class CompileOptions:
     spellings of one meaning share one package. Lengths are in tokens.
 
     Attributes:
-        target: ``host`` (ONNX Runtime on this machine) or ``qaic`` (Cloud AI 100).
+        target: ``host`` (ONNX Runtime on this machine), ``qaic`` (Cloud AI 100) or ``qnn`` (the same card through the
+            QNN toolchain; ``enable_qnn=True`` is another spelling).
         batch_size: rows per call; on the host None means any number.
         full_batch_size: slots of a continuously batched package; adds the ``batch_index`` input.
         kv_cache_batch_size: rows of KV state when there are more than slots; at least ``full_batch_size``.
@@ -66,6 +76,24 @@ class CompileOptions:
             quantized matrices, opens sooner, and processes that run it share their memory.
         num_cores, num_devices, device_group, mxfp6_matmul, mxint8_kv_cache, mos, aic_enable_depth_first,
             allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host.
+        prefill_only: True compiles the prompt's sizes alone, False those of decoding alone, None both. Cloud AI only,
+            as is everything up to ``compile_timeout``.
+        num_speculative_tokens: tokens a draft proposes per step (one number, or a list with a size set each): the graph
+            gets ``num_logits_to_keep`` and returns a row of logits for each and one more.
+        ccl_enabled, comp_ctx_lengths_prefill, comp_ctx_lengths_decode: context lengths to compute with, so that a short
+            context costs little: automatic, or lists. The last value of a list is the context itself.
+        aic_hw_version: ``ai100`` or ``ai200``; None is ``ai100``.
+        sdk_profile: the forms of an SDK release, ``legacy``, ``1.21`` or ``current``; None: of the SDK found.
+        mdp_num_partitions: pipeline stages; the devices are shared out evenly.
+        mdp_load_partition_config: a partition file of the user's (path or its content); nothing is generated then.
+        mdp_dump_partition_config: let the compiler write ``mdp_dump.json`` with its node names.
+        node_precision_info: a node precision file (path or content), or ``"norms"`` for one that keeps normalisations
+            of this graph in float32.
+        use_onnx_subfunctions: let the compiler keep local functions as units.
+        qnn_config: the user's QNN configuration (path or content), for ``target="qnn"``.
+        compiler_flags: further documented flags of the compiler, see ``targets/qaic_flags.py``; `from_kwargs` takes
+            them by name (``ols=2``).
+        compile_timeout: seconds the vendor's compiler may take; None is no limit. Not part of a package's identity.
         dry_run: write what a target's compiler takes without compiling, for a target whose SDK is not here. Such a
             package cannot be loaded.
     """
@@ -89,18 +117,40 @@ class CompileOptions:
     mos: int | None = None
     aic_enable_depth_first: bool = False
     allow_mxint8_mdp_io: bool = False
+    prefill_only: bool | None = None
+    num_speculative_tokens: tuple[int, ...] | None = None
+    ccl_enabled: bool = False
+    comp_ctx_lengths_prefill: tuple[int, ...] | None = None
+    comp_ctx_lengths_decode: tuple[int, ...] | None = None
+    aic_hw_version: str | None = None
+    sdk_profile: str | None = None
+    mdp_num_partitions: int | None = None
+    mdp_load_partition_config: Mapping[str, Any] | None = None
+    mdp_dump_partition_config: bool = False
+    node_precision_info: Mapping[str, Any] | str | None = None
+    use_onnx_subfunctions: bool = False
+    qnn_config: Mapping[str, Any] | None = None
+    compiler_flags: tuple[tuple[str, Any], ...] = ()
+    compile_timeout: int | None = None
     dry_run: bool = False
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> CompileOptions:
         """Builds options from user keywords; an unknown one is an OptionError that names the nearest."""
         known = {f.name for f in dataclasses.fields(cls)}
+        _take_enable_qnn(kwargs)
+        flags = {name: kwargs.pop(name) for name in list(kwargs) if name in FLAGS}
         for name in kwargs:
             if name in known:
                 continue
-            hint = f" Did you mean {ALIASES[name]!r}?" if name in ALIASES else did_you_mean(name, known)
+            hint = f" Did you mean {ALIASES[name]!r}?" if name in ALIASES else did_you_mean(name, [*known, *FLAGS])
             raise OptionError(f"compile() has no option {name!r}.{hint}")
-        for name in ("seq_len", "device_group"):
+        if flags:
+            kwargs["compiler_flags"] = (*kwargs.get("compiler_flags", ()), *flags.items())
+        for name in GIVEN_FILES:
+            if kwargs.get(name) is not None:
+                kwargs[name] = read_given(name, kwargs[name])
+        for name in _LISTS:
             value = kwargs.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
                 kwargs[name] = (value,)
@@ -111,8 +161,9 @@ class CompileOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "full_batch_size", "kv_cache_batch_size", "prefill_seq_len", "ctx_len"):
             _positive(name, getattr(self, name))
-        for name in ("num_cores", "num_devices"):
+        for name in ("num_cores", "num_devices", "mdp_num_partitions", "compile_timeout"):
             _positive(name, getattr(self, name))
+        self._check_cloud()
         for field in dataclasses.fields(self):
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
                 raise OptionError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}.")
@@ -156,6 +207,26 @@ class CompileOptions:
         if self.seq_len is not None and (self.ctx_len is not None or self.prefill_seq_len is not None):
             raise OptionError("seq_len is for encoders, ctx_len and prefill_seq_len for causal models: give one kind.")
 
+    def _check_cloud(self) -> None:
+        if self.prefill_only is not None and not isinstance(self.prefill_only, bool):
+            raise OptionError(f"prefill_only must be True, False or None, got {self.prefill_only!r}.")
+        for name, least in (
+            ("num_speculative_tokens", 0),
+            ("comp_ctx_lengths_prefill", 1),
+            ("comp_ctx_lengths_decode", 1),
+        ):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or not values:
+                raise OptionError(f"{name} must be a whole number or a non-empty list of them, got {values!r}.")
+            for value in values:
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise OptionError(f"{name} holds whole numbers of at least {least}, got {value!r}.")
+            object.__setattr__(self, name, tuple(sorted(set(values))))
+        flags = tuple((name, check_flag(name, value)) for name, value in self.compiler_flags)
+        object.__setattr__(self, "compiler_flags", in_table_order(flags))
+
     def _check_weights(self) -> None:
         if self.weights not in WEIGHTS:
             hint = did_you_mean(self.weights, WEIGHTS) if isinstance(self.weights, str) else ""
@@ -170,16 +241,30 @@ class CompileOptions:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, for manifests and cache keys. Only a dry run says that it is one: others are not different."""
+        """The fields, for manifests; those of Cloud AI that came later only where they are set."""
         values = dataclasses.asdict(self)
-        if not self.dry_run:
-            del values["dry_run"]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _SPARSE:
+            if values[name] == defaults[name]:
+                del values[name]
         return values
+
+    def identity(self) -> dict[str, Any]:
+        """What a package's cache key covers: `to_json` without what decides only how long compiling may take."""
+        return {name: value for name, value in self.to_json().items() if name != "compile_timeout"}
 
     def cloud_only_set(self) -> list[str]:
         """Names of the options set here that only a Cloud AI target acts on."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [name for name in CLOUD_ONLY if getattr(self, name) != defaults[name]]
+        return [name for name in (*CLOUD_ONLY, *_SPARSE_CLOUD) if getattr(self, name) != defaults[name]]
+
+
+def _take_enable_qnn(kwargs: dict[str, Any]) -> None:
+    """``enable_qnn=True``, the spelling of efficient-transformers, is ``target="qnn"``."""
+    if kwargs.pop("enable_qnn", False):
+        if kwargs.get("target", "qnn") not in ("qaic", "qnn"):
+            raise OptionError(f"enable_qnn=True contradicts target={kwargs['target']!r}: pass target='qnn'.")
+        kwargs["target"] = "qnn"
 
 
 def _positive(name: str, value: object) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
-from QEfficient.targets.manifest import Manifest, Specialization
+from QEfficient.targets.manifest import Manifest
+from QEfficient.targets.qaic_partition import contract_json
 
 SPECIALIZATIONS = "specializations.json"
 CUSTOM_IO = "custom_io.yaml"
@@ -19,18 +19,19 @@ RETAINED = "_RetainedState"
 GRADIENT = "grad/"
 
 
-def specializations_text(specializations: Sequence[Specialization], named: bool) -> str:
-    """The content of ``specializations.json``: four spaces, no space after a colon, sorted keys, no final newline.
+def specializations_text(entries: Iterable[tuple[str, Mapping[str, int]]], named: bool) -> str:
+    """The content of ``specializations.json`` in the form of `contract_json`.
 
     Args:
+        entries: a name and sizes for each specialization.
         named: one ``{"name", "symbols"}`` object per entry, as newer compilers take; otherwise sizes only. All sizes
             are strings.
     """
-    entries: list[dict[str, Any]] = []
-    for specialization in specializations:
-        symbols = {name: str(size.exact) for name, size in specialization.symbols.items()}
-        entries.append({"name": specialization.name, "symbols": symbols} if named else symbols)
-    return json.dumps({"specializations": entries}, indent=4, separators=(",", ":"), sort_keys=True)
+    written: list[dict[str, Any]] = []
+    for name, sizes in entries:
+        symbols = {symbol: str(size) for symbol, size in sizes.items()}
+        written.append({"name": name, "symbols": symbols} if named else symbols)
+    return contract_json({"specializations": written})
 
 
 def custom_io_entries(manifest: Manifest, *, fp16: bool, mxint8_kv: bool) -> list[tuple[str, str]]:
@@ -39,9 +40,12 @@ def custom_io_entries(manifest: Manifest, *, fp16: bool, mxint8_kv: bool) -> lis
     Retained states and parameters with their ``_RetainedState`` outputs, and the gradients of a training step. Logits,
     log-probabilities and the loss stay what the graph says (float32).
 
-    Without parameters each state stands beside its output; with them all inputs come first, as adapter graphs list
-    them.
+    Without parameters each state stands beside its output, and float inputs that are no state come first (audio
+    features, pictures), with their retained output where they have one. With parameters all inputs come first, as
+    adapter graphs list them. A model that keeps nothing has no list: everything travels as the graph says.
     """
+    if not manifest.states and not manifest.parameters:
+        return []
     plain = "float16" if fp16 else "float"
     held: list[tuple[str, str, str]] = [
         (state.input, state.output, "mxint8" if mxint8_kv and state.kind == "kv" else plain)
@@ -49,7 +53,11 @@ def custom_io_entries(manifest: Manifest, *, fp16: bool, mxint8_kv: bool) -> lis
         if "float" in state.dtype
     ]
     if not manifest.parameters:
-        return [(name, precision) for source, result, precision in held for name in (source, result)]
+        results = {spec.name for spec in manifest.outputs}
+        features = [spec.name for spec in manifest.inputs if "float" in spec.dtype]
+        fed = [n for name in features for n in (name, name + RETAINED) if n == name or n in results]
+        paired = [(name, precision) for source, result, precision in held for name in (source, result)]
+        return [*((name, plain) for name in fed), *paired]
     floats = [spec.name for spec in manifest.parameters if "float" in spec.dtype]
     held += [(name, name + RETAINED, plain) for name in floats]
     gradients = [(spec.name, plain) for spec in manifest.outputs if spec.name.startswith(GRADIENT)]

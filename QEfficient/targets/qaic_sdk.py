@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from QEfficient.errors import QEfficientError
 
 #: Where the SDK's installer puts everything.
 ROOT = Path("/opt/qti-aic")
@@ -18,6 +14,10 @@ HOW_TO_GET = (
     "install the Cloud AI Apps SDK for x86-64 Linux (https://quic.github.io/cloud-ai-sdk-pages), "
     "or pass dry_run=True to write the compiler's input without compiling"
 )
+
+
+#: The oldest release whose pages describe what is written here; MXFP6 came with it.
+OLDEST = (1, 12)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Sdk:
             return CURRENT
         return MIDDLE if release == (1, 21) else LEGACY
 
+    @property
+    def too_old(self) -> bool:
+        release = _release(self.version)
+        return release is not None and release < OLDEST
+
 
 def find_sdk(root: Path = ROOT) -> Sdk | None:
     """The SDK under ``root``, or one whose compiler is on the PATH; None when there is neither."""
@@ -73,22 +78,6 @@ def find_sdk(root: Path = ROOT) -> Sdk | None:
         if found is not None:
             return Sdk(Path(found), _version(Path(found).parent.parent))
     return None
-
-
-def run_compiler(command: Sequence[str], directory: Path) -> None:
-    """Runs a compiler command in ``directory``.
-
-    Raises:
-        QEfficientError: it could not be started or failed, with the last line it wrote.
-    """
-    try:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:
-        raise QEfficientError(f"{command[0]} cannot be started ({error.strerror}): reinstall the Apps SDK.") from None
-    if done.returncode != 0:
-        lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
-        last = lines[-1][:300] if lines else "it said nothing"
-        raise QEfficientError(f"{Path(command[0]).name} stopped with exit code {done.returncode}: {last}")
 
 
 def _version(root: Path) -> str | None:
@@ -103,3 +92,12 @@ def _release(version: str | None) -> tuple[int, int] | None:
     """``"1.20.0.100"`` -> (1, 20)."""
     parts = (version or "").split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else None
+
+
+def runtime_missing(root: Path = ROOT) -> str:
+    """One sentence: what of the Platform SDK, which running needs, is here and what is not."""
+    wanted = {"qaicrt": root / "dev" / "lib", "QAicApi_pb2": root / "dev" / "python", "qaic-util": root / "tools"}
+    lacking = [name for name, place in wanted.items() if not place.is_dir()]
+    if lacking:
+        return f"to run: the Cloud AI Platform SDK and a card ({', '.join(lacking)} not found under {root})"
+    return "to run: the Platform SDK is here, and this version has no session for it yet"

@@ -10,7 +10,11 @@ from QEfficient.targets.base import Target
 from QEfficient.targets.options import CompileOptions
 
 #: Name -> where the class lives; imported when asked for.
-TARGETS = {"host": "QEfficient.targets.host:HostTarget", "qaic": "QEfficient.targets.qaic:QaicTarget"}
+TARGETS = {
+    "host": "QEfficient.targets.host:HostTarget",
+    "qaic": "QEfficient.targets.qaic:QaicTarget",
+    "qnn": "QEfficient.targets.qnn:QnnTarget",
+}
 ALIASES = {"cpu": "host"}
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from QEfficient import QEFFAutoModelForCausalLM
+from QEfficient.cli.cloud_flags import CloudFlags
 from QEfficient.cli.compile import print_transforms
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags
 from QEfficient.cli.embed import _checkpoint_pooling
@@ -145,7 +146,9 @@ def test_help_imports_nothing_heavy():
 
 
 def test_compile_flags_are_the_compile_options():
-    flags = {f.name: f.default for group in (ShapeFlags, EncoderFlags, TargetFlags) for f in fields(group)}
+    groups = (ShapeFlags, EncoderFlags, TargetFlags, CloudFlags)
+    flags = {f.name: f.default for group in groups for f in fields(group)}
+    flags["compiler_flags"] = flags["compiler_flags"] or ()  # a repeated flag that is not given is None to typer
     assert flags == {f.name: f.default for f in fields(CompileOptions)}
 
 

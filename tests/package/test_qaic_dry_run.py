@@ -28,6 +28,7 @@ from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
 from QEfficient.targets.qaic_sdk import find_sdk
 from QEfficient.targets.registry import get_target
+from QEfficient.transforms.onnx.queue import resolve
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}.{}.weight"
 TRAINED = [
@@ -149,7 +150,7 @@ def test_weights_are_placed_and_not_copied(dry, step):
 
 def test_dry_run_is_marked_complete_and_refused(dry):
     manifest = Manifest.load(dry)
-    assert manifest.runtime == {"dry_run": True, "fp16": True}
+    assert (manifest.runtime["dry_run"], manifest.runtime["fp16"]) == (True, True)
     assert manifest.options["dry_run"] is True
     assert manifest.program == "model.onnx"
     assert not (dry / "qpc").exists()
@@ -193,7 +194,6 @@ def test_a_row_of_one_token_still_has_a_place(step, store):
 
 
 def test_a_transform_that_breaks_the_graph_is_caught_in_a_dry_run(step, store, tmp_path):
-    from QEfficient.transforms.onnx.queue import resolve
 
     source = tmp_path / "broken.py"
     source.write_text(
@@ -445,8 +445,26 @@ def test_a_package_that_is_not_a_dry_run_does_not_know_the_word():
         ({"target": "qaci", "dry_run": True}, ("qaci", "'qaic'")),
         ({"target": "qaic", "dryrun": True}, ("dryrun", "'dry_run'")),
         ({"target": "qaic", "num_cores": 17}, ("num_cores=17", "16")),
-        ({"target": "qaic", "num_devices": 2}, ("2 devices",)),
-        ({"target": "qaic", "device_group": [0, 1, 2]}, ("3 devices",)),
+        ({"target": "qaic", "num_devices": 17}, ("17 devices", "16")),
+        ({"target": "qaic", "device_group": [0, 1, 1]}, ("[0, 1, 1]", "twice")),
+        ({"target": "qaic", "num_devices": 4, "mdp_num_partitions": 3}, ("4 devices", "mdp_num_partitions=3")),
+        ({"target": "qaic", "mos": 3}, ("mos=3", "power of two")),
+        ({"target": "qaic", "olss": 2}, ("olss", "'ols'")),
+        ({"target": "qaic", "ols": 3}, ("ols", "1, 2, 4, 8")),
+        ({"target": "qaic", "aic_depth_first_mem": 33}, ("aic_depth_first_mem", "8 to 32")),
+        ({"target": "qaic", "ddr_stats": 2}, ("ddr_stats", "True or False")),
+        ({"target": "qaic", "mxfp6": True}, ("mxfp6", "'mxfp6_matmul'")),
+        ({"target": "qaic", "aic_hw_version": "ai300"}, ("aic_hw_version", "ai100")),
+        ({"target": "qaic", "aic_hw_version": "ai200", "sdk_profile": "legacy"}, ("ai200", "legacy")),
+        ({"target": "qaic", "sdk_profile": "curent"}, ("sdk_profile", "'current'")),
+        ({"target": "qaic", "node_precision_info": {"FP8": ["a"]}}, ("FP8", "FP16NodeInstanceNames")),
+        ({"target": "qaic", "mdp_load_partition_config": {"stages": []}}, ("partitions",)),
+        ({"target": "qaic", "mdp_load_partition_config": "nowhere.json"}, ("nowhere.json", "cannot be read")),
+        ({"target": "qaic", "qnn_config": {}}, ("qnn_config", "target='qnn'")),
+        ({"target": "qaic", "num_speculative_tokens": [0, 3], "ccl_enabled": True}, ("num_speculative_tokens",)),
+        ({"target": "qaic", "num_speculative_tokens": -1}, ("num_speculative_tokens", "at least 0")),
+        ({"target": "qaic", "prefill_only": "yes"}, ("prefill_only",)),
+        ({"target": "host", "enable_qnn": True}, ("enable_qnn", "target='host'")),
         ({"target": "qaic", "allow_mxint8_mdp_io": True}, ("allow_mxint8_mdp_io",)),
         ({"target": "qaic", "mos": 0}, ("mos=0",)),
         ({"target": "qaic", "num_cores": 4, "mos": 8}, ("mos=8", "4 cores")),
@@ -498,6 +516,10 @@ def test_profile_by_hand(dry, step, tmp_path):
 
 
 def test_target_lists_what_a_training_graph_needs():
+    assert [t.name for t in resolve(get_target("qaic").transforms("training", CompileOptions()))] == [
+        "FixTrainingOps",
+        "FP16Clip",
+    ]
     assert get_target("qaic").transforms("training", CompileOptions()) == ("FixTrainingOps:profile=qaic", "FP16Clip")
-    assert get_target("qaic").transforms("text-generation", CompileOptions()) == ()
+    assert "LowerOpset:opset=17" in get_target("qaic").transforms("text-generation", CompileOptions(ctx_len=8))
     assert get_target("host").transforms("training", CompileOptions()) == ()

@@ -16,7 +16,7 @@ from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
 from QEfficient.transforms.onnx.fixes_index import INDEX_RULES
 from QEfficient.transforms.onnx.fixes_math import MATH_RULES
-from QEfficient.transforms.onnx.graph import Maker, graphs_in
+from QEfficient.transforms.onnx.graph import Maker, graphs_in, swap
 
 #: What any compiler for transformer inference takes; "host" takes everything.
 BASIC = frozenset({
@@ -27,7 +27,7 @@ BASIC = frozenset({
     "Shape", "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile",
     "TopK", "Transpose", "Unsqueeze", "Where",
 })  # fmt: skip
-PROFILES: dict[str, frozenset[str] | None] = {"basic": BASIC, "host": None}
+PROFILES: dict[str, frozenset[str] | None] = {"basic": BASIC, "qaic": BASIC, "host": None}
 RULES = INDEX_RULES | MATH_RULES
 #: A rule may use an operator that another rule has to replace; chains are short.
 _MAX_SWEEPS = 8
@@ -42,7 +42,7 @@ class FixTrainingOps(OnnxTransform):
     A scattered sum becomes a product with a one-hot matrix, in which an infinite update spreads to other rows as NaN.
 
     Parameters:
-        profile: "basic" (what inference compilers take) or "host" (everything).
+        profile: "basic" (what inference compilers take), "qaic" (the same for Cloud AI) or "host" (everything).
         unsupported: operators to replace although the profile has them, or with "host" the only ones; as one text
             they are separated by ``|``.
     """
@@ -93,23 +93,7 @@ def _replace(graph: ir.Graph, node: ir.Node, make: Maker, profile: str) -> None:
     rule = RULES.get(node.op_type) if node.domain == "" else None
     if rule is None or graphs_in(node):
         raise _no_rule(node, profile)
-    values = rule(make, node)
-    graph.insert_before(node, make.take())
-    for old, new in zip(node.outputs, values, strict=True):
-        if new is None:
-            continue
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        if old.is_graph_output():
-            # The output's name is part of the interface: the value that replaces it takes it over.
-            place = list(graph.outputs).index(old)
-            name, old.name = old.name, f"{old.name}/replaced"
-            if new.is_graph_output() or new.producer() is None:
-                new = make.op("Identity", new, like=new)
-                graph.insert_before(node, make.take())
-            new.name = name
-            graph.outputs[place] = new
-        old.replace_all_uses_with(new)
-    graph.remove(node, safe=True)
+    swap(graph, node, rule(make, node), make)
 
 
 def _no_rule(node: ir.Node, profile: str) -> TransformError:

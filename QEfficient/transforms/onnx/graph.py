@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,3 +156,27 @@ class Maker:
     def _name(self) -> str:
         self._count += 1
         return f"{self.prefix}/{self._count}"
+
+
+def swap(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value | None], make: Maker) -> None:
+    """Puts what ``make`` made before ``node``, its outputs' replacements, in the node's place.
+
+    Args:
+        values: one per output of the node; None for an output nobody uses.
+    """
+    graph.insert_before(node, make.take())
+    for old, new in zip(node.outputs, values, strict=True):
+        if new is None:
+            continue
+        new.type, new.shape = old.type or new.type, old.shape or new.shape
+        if old.is_graph_output():
+            # The output's name is part of the interface: the value that replaces it takes it over.
+            place = list(graph.outputs).index(old)
+            name, old.name = old.name, f"{old.name}/replaced"
+            if new.is_graph_output() or new.producer() is None:
+                new = make.op("Identity", new, like=new)
+                graph.insert_before(node, make.take())
+            new.name = name
+            graph.outputs[place] = new
+        old.replace_all_uses_with(new)
+    graph.remove(node, safe=True)

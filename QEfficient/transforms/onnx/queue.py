@@ -15,6 +15,7 @@ from QEfficient.errors import OptionError, QEfficientError, TransformError
 from QEfficient.store.digest import json_digest
 from QEfficient.suggest import did_you_mean
 from QEfficient.transforms.onnx.base import OnnxTransform, TransformResult
+from QEfficient.transforms.onnx.cache_functions import CacheFunctions
 from QEfficient.transforms.onnx.chunked_loss import ChunkedLoss
 from QEfficient.transforms.onnx.fix_training_ops import FixTrainingOps
 from QEfficient.transforms.onnx.fold_casts import FoldCasts
@@ -23,11 +24,16 @@ from QEfficient.transforms.onnx.fuse_attention import FuseAttention
 from QEfficient.transforms.onnx.fuse_encoder_attention import FuseEncoderAttention
 from QEfficient.transforms.onnx.fuse_norms import FuseNorms
 from QEfficient.transforms.onnx.fuse_silu import FuseSiLU
+from QEfficient.transforms.onnx.keep_logits import KeepLogits
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
+from QEfficient.transforms.onnx.lower_opset import LowerOpset
 from QEfficient.transforms.onnx.merge_products import MergeProducts
+from QEfficient.transforms.onnx.name_layers import NameLayers
+from QEfficient.transforms.onnx.no_bfloat16 import NoBfloat16
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
 from QEfficient.transforms.onnx.quantize_weights import QuantizeWeights
 from QEfficient.transforms.onnx.recompute import Recompute
+from QEfficient.transforms.onnx.rotary_tables import RotaryTables
 from QEfficient.transforms.onnx.row_scaled import RowScaledProducts
 from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
@@ -38,6 +44,7 @@ from QEfficient.user_file import run_source
 TransformLike = str | type | OnnxTransform | Callable[[ir.Model], Any]
 
 _BUILT_IN: tuple[type[OnnxTransform], ...] = (
+    CacheFunctions,
     ChunkedLoss,
     FP16Clip,
     FixTrainingOps,
@@ -46,11 +53,16 @@ _BUILT_IN: tuple[type[OnnxTransform], ...] = (
     FuseEncoderAttention,
     FuseNorms,
     FuseSiLU,
+    KeepLogits,
     LoraAdapters,
+    LowerOpset,
     MergeProducts,
+    NameLayers,
+    NoBfloat16,
     QuantizeBase,
     QuantizeWeights,
     Recompute,
+    RotaryTables,
     RowScaledProducts,
     Schedule,
     SplitWeights,
