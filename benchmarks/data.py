@@ -101,9 +101,9 @@ def page(found: dict[tuple[str, int], list[dict[str, Any]]], rounds: int, rows: 
         "",
         f"`python benchmarks/data.py --rows {rows.name}`: {count:,} rows of GSM8K, tokenized with the demo model's "
         f"chat template, prompts masked, packed into rows of {LENGTH} tokens. Medians of {rounds} rounds in turn "
-        f"(least to most), {os.cpu_count()} cores, Python {platform.python_version()}. The ratio is the median of the rounds' "
-        "ratios. Efficiency is tokens by capacity of the packed rows. QEfficient leaves rows above the length out "
-        '(`truncation="drop"`); TRL cuts them, in the middle of an answer if need be.',
+        f"(least to most), {os.cpu_count()} cores, Python {platform.python_version()}. The ratio is the median of the "
+        "rounds' ratios. Efficiency is tokens by capacity of the packed rows. QEfficient leaves rows above the length "
+        'out (`truncation="drop"`); TRL cuts them, in the middle of an answer if need be.',
         "",
         "| processes | side | seconds | tokens/s | ratio | tokens | trained | packed rows | efficiency |",
         "|---|---|---|---|---|---|---|---|---|",

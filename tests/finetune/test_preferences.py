@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_tokenizers import CHATML, byte_tokenizer
 
 from QEfficient.errors import InputError
@@ -150,3 +152,39 @@ def test_a_batch_of_pairs_is_the_first_rows_then_the_second():
         assert (batch["input_ids"][row, len(ids) :] == 7).all()
         assert batch["attention_mask"][row].sum() == len(ids)
     np.testing.assert_array_equal(batch["reference"], [[0, 0], [1, -1]])
+
+
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=6) | st.sampled_from([ASK, GOOD]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+def outcome(reader: Any, row: Any) -> tuple[Any, str]:
+    """(what was read or None, the sentence that refuses it or nothing)."""
+    try:
+        return reader(row), ""
+    except InputError as error:
+        return None, str(error)
+
+
+@given(st.fixed_dictionaries({"chosen": _ANY, "rejected": _ANY}, optional={"prompt": _ANY, "messages": _ANY}))
+@settings(max_examples=300, deadline=None)
+def test_pairs_of_anything_are_read_or_refused(row):
+    """What is read has two different answers; everything else is one sentence, or an empty row."""
+    found, sentence = outcome(preference, row)
+    assert found is None or found.chosen != found.rejected
+    assert not sentence or (sentence.endswith(".") and "\n" not in sentence)
+
+
+@given(st.fixed_dictionaries({"completion": _ANY, "label": _ANY}, optional={"prompt": _ANY}))
+@settings(max_examples=300, deadline=None)
+def test_judged_answers_of_anything_are_read_or_refused(row):
+    found, sentence = outcome(judged, row)
+    good = str(row["label"]).strip().lower() in ("1", "1.0", "true")
+    assert found is None or found.desirable is good
+    assert not sentence or (sentence.endswith(".") and "\n" not in sentence)
