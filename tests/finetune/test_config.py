@@ -56,6 +56,20 @@ VALUES = {
     "activation_checkpointing_kwargs": ({"use_reentrant": True}, {"use_reentrant": False}),
     "train_sampling_strategy": ("sequential", "group_by_length"),
     "validate": (False, True),
+    "beta": (0.2, 0.3),
+    "teacher_model": ("a/teacher", "b/teacher"),
+    "mixing": ("upsample", "exhaust"),
+    "shuffle_buffer_size": (10, 20),
+    "unfreeze_last_n": (1, 2),
+    "dataset_num_proc": (1, 2),
+    "target": ("qaic", "host"),
+}
+#: What an option cannot be without.
+NEEDS = {
+    "beta": {"method": "dpo"},
+    "teacher_model": {"method": "distill"},
+    "mixing": {"datasets": ["a.jsonl", "b.jsonl"]},
+    "shuffle_buffer_size": {"streaming": True},
 }
 
 
@@ -70,6 +84,7 @@ MIRROR = "gradient_checkpointing_kwargs"
 def test_every_alias(cls, alias, name):
     """It sets the option, and saves under the option's name; a second value for the same option is an error."""
     more = {"model_id": "some/model"} if cls is QEffConfig and name != "model_id" else {}
+    more |= NEEDS.get(name, {})
     one, other = VALUES[name]
     by_alias, by_name = cls(**more, **{alias: one}), cls(**more, **{name: one})
     assert getattr(by_alias, name) == one != getattr(cls(**more, **{name: other}), name)
@@ -293,7 +308,7 @@ def test_log_lines_of_short_runs():
         ({"base_weights": "int2"}, "base_weights must be one of"),
         ({"validate": 1}, "validate must be True or False"),
         ({"bf16": True}, "bf16 is not supported on the host"),
-        ({"device": "cuda"}, "target must be one of 'host', 'qaic', got 'cuda'"),
+        ({"device": "cuda"}, "target must be one of 'host', 'qaic', 'qnn', got 'cuda'"),
         ({"torch_dtype": "bfloat16"}, "torch_dtype='bfloat16' is not supported: a step computes in float32"),
         ({"load_in_8bit": 1}, "load_in_8bit must be True or False"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit and load_in_4bit contradict"),

@@ -77,7 +77,7 @@ HUB = {
 def hub(monkeypatch):
     """A stand-in for the hub that knows these four."""
 
-    def load_dataset(name, subset=None):
+    def load_dataset(name, subset=None, streaming=False):
         if (name, subset) not in HUB:
             raise FileNotFoundError(f"{name} {subset} is not on the stand-in hub")
         return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in HUB[name, subset].items()})

@@ -253,8 +253,8 @@ AXOLOTL = Tool(
     title="axolotl",
     version="0.18.0 (067b021)",
     marks=frozenset(
-        ["adapter", "sample_packing", "val_set_size", "lora_target_linear", "dataset_prepared_path", "load_in_4bit",
-         "load_in_8bit", "pad_to_sequence_len", "train_on_inputs", "flash_attention", "special_tokens", "wandb_watch",
+        ["adapter", "sample_packing", "val_set_size", "lora_target_linear", "dataset_prepared_path",
+         "pad_to_sequence_len", "train_on_inputs", "flash_attention", "special_tokens", "wandb_watch",
          "evals_per_epoch", "saves_per_epoch", "is_llama_derived_model", "type_of_model"]
     ),
     same={

@@ -203,7 +203,7 @@ LLAMA_FACTORY = Tool(
     version="0.9.6.dev0 (ff6d4d1)",
     marks=frozenset(
         ["finetuning_type", "stage", "template", "dataset_dir", "lora_target", "lora_rank", "quantization_bit",
-         "preprocessing_num_workers", "overwrite_cache", "plot_loss", "val_size", "flash_attn", "pure_bf16"]
+         "overwrite_cache", "plot_loss", "val_size", "flash_attn", "pure_bf16"]
     ),
     same={
         "model_name_or_path": "model_id",
