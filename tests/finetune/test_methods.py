@@ -59,7 +59,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkpoint: Path, place: Path, rows: Any, how: dict[str, Any] = HOW, **what: Any) -> QEfficient:
     options = {"train_frac": 1.0, "max_ctx_len": 64, "lora_config": LORA, **what}
-    facade = QEfficient(QEffConfig(str(checkpoint), rows, **options), QEffTrainingArgs(place, **how))
+    facade = QEfficient(
+        QEffConfig(str(checkpoint), rows, **options), QEffTrainingArgs(place, **{"validate": False, **how})
+    )
     facade.refine(load=False, say=lambda message: None)
     return facade
 
@@ -108,7 +110,7 @@ SEEN = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/marg
 
 
 def test_dpo_is_trls(checkpoint, tmp_path):
-    ours = run(checkpoint, tmp_path / "out", pairs(), method="dpo", beta=0.3)
+    ours = run(checkpoint, tmp_path / "out", pairs(), {**HOW, "validate": True}, method="dpo", beta=0.3)
     config = DPOConfig(str(tmp_path / "trl"), beta=0.3, max_length=64, **HOW, **THEIRS)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     theirs = trl_curve(DPOTrainer, config, adapted(checkpoint), pairs(), tokenizer, *SEEN)
@@ -153,7 +155,8 @@ def test_kto_is_trls(checkpoint, tmp_path):
 
 
 def test_reward_is_trls(checkpoint, tmp_path):
-    ours = run(checkpoint, tmp_path / "out", pairs(), method="reward")
+    ours = run(checkpoint, tmp_path / "out", pairs(), {**HOW, "validate": True}, method="reward")
+    assert ours.proof.passed
     saved = tmp_path / "start"
     torch.manual_seed(HOW["seed"])
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1, attn_implementation="eager")
@@ -210,7 +213,8 @@ def test_distilled_probabilities_are_torchs(checkpoint, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()]
     teacher = AutoModelForCausalLM.from_pretrained(teacher_place)
     options = {"method": "distill", "teacher_model": str(teacher_place), "distillation_weight": 0.7}
-    ours = run(checkpoint, tmp_path / "out", rows, teacher_top=teacher.config.vocab_size, **options)
+    how = {**HOW, "validate": True}
+    ours = run(checkpoint, tmp_path / "out", rows, how, teacher_top=teacher.config.vocab_size, **options)
     loss = functools.partial(distilled_loss, teacher=teacher)
     theirs = torch_curve(adapted(checkpoint), batches_of(ours), lambda model, batch: loss(model, batch=batch))
     np.testing.assert_allclose(curve(ours.trainer.state.log_history, "loss")[:, 0], theirs, rtol=1e-4, atol=1e-4)
