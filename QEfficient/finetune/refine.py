@@ -21,7 +21,7 @@ from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
 from QEfficient.finetune.eval_samples import EvalSamples, check_samples
-from QEfficient.finetune.methods.build import completed, method_of
+from QEfficient.finetune.methods.build import check_teacher, completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
 from QEfficient.finetune.proof import ProofReport, compare_first_step, require
@@ -136,6 +136,7 @@ class QEfficient:
             for path in checkpoints(output):
                 shutil.rmtree(path)
         manager = self._manager()
+        check_teacher(self.config, manager.tokenizer, manager.home)
         data = self._data(manager)
         train, held = data.prepare_dataset()
         tell(data.audit)

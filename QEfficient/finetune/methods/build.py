@@ -20,6 +20,8 @@ from QEfficient.store.home import cache_home
 from QEfficient.store.store import ArtifactStore
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from QEfficient.finetune.compiled_step import CompiledStep
     from QEfficient.finetune.data.loader import Rows
     from QEfficient.finetune.model_manager import QEffModelManager
@@ -46,6 +48,18 @@ def teacher_of(config: QEffConfig, home: Path | None) -> Teacher:
     return Teacher(config.teacher_model, ArtifactStore(cache_home(home)), trust_remote_code=config.trust_remote_code)
 
 
+def check_teacher(config: QEffConfig, tokenizer: PreTrainedTokenizerBase, home: Path | None) -> None:
+    """Refuses a teacher whose probabilities cannot be learned; before anything is compiled.
+
+    Raises:
+        ModelLoadError: there is no such model. OptionError: it numbers its tokens in another way, or has too few.
+    """
+    if config.learns_probabilities:
+        teacher = teacher_of(config, home)
+        teacher.require_vocabulary(tokenizer)
+        teacher.require_tokens(config.teacher_top)
+
+
 def completed(
     rows: Rows,
     split: str,
@@ -64,8 +78,6 @@ def completed(
     config, args = manager.config, manager.args
     if config.learns_probabilities:
         teacher = teacher_of(config, manager.home)
-        teacher.require_vocabulary(manager.tokenizer)
-        assert config.teacher_top is not None
         return teacher.taught(rows, f"{data}/{split}", config.teacher_top, report)
     if not config.needs_reference:
         return rows

@@ -101,15 +101,23 @@ class Teacher:
                 "cannot be compared: use distillation='response'."
             )
 
+    def require_tokens(self, top: int) -> None:
+        """Refuses to be asked for more tokens than there are.
+
+        Raises:
+            OptionError: there are fewer.
+        """
+        if top > len(self.tokenizer):
+            raise OptionError(
+                f"teacher_top={top} is more than the {len(self.tokenizer)} tokens the teacher knows: lower it."
+            )
+
     def taught(self, rows: Rows, data: str, top: int, progress: Progress = silent) -> TaughtRows:
         """The rows with the teacher's ``top`` likeliest tokens at every place that is trained; cached.
 
         Args:
             data: identifies the rows.
         """
-        vocabulary = int(self.source.config().get_text_config().vocab_size)
-        if top > vocabulary:
-            raise OptionError(f"teacher_top={top} is more than the {vocabulary} tokens the teacher knows: lower it.")
 
         def build(directory: Path) -> None:
             offsets = _offsets(rows)
@@ -120,7 +128,7 @@ class Teacher:
                 progress("the teacher's probabilities", number, len(rows))
                 begin, end = offsets[number], offsets[number + 1]
                 if end - begin > 1:
-                    found = _likeliest(model, np.asarray(rows[number]["input_ids"]), top)
+                    found = _likeliest(model, np.asarray(rows[number]["input_ids"]), top, len(self.tokenizer))
                     ids[begin + 1 : end], logprobs[begin + 1 : end] = found
             np.save(directory / _IDS, ids, allow_pickle=False)
             np.save(directory / _LOGPROBS, logprobs, allow_pickle=False)
@@ -168,10 +176,10 @@ class Teacher:
         return [str(self.tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in out]
 
 
-def _likeliest(model: Any, ids: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, log-probabilities) [L - 1, top] after every token but the last, likeliest first."""
+def _likeliest(model: Any, ids: np.ndarray, top: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, log-probabilities) [L - 1, top] after every token but the last; heads may be wider than vocabularies."""
     with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].float()
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1, :vocabulary].float()
     values, places = logits.topk(top, dim=-1)
     return places.numpy(), values.log_softmax(-1).numpy()
 
