@@ -132,9 +132,6 @@ class QEfficient:
         """`refine`, once the output directory is there and nobody else writes to it."""
         if chosen.eval_prompts is not None:
             check_samples(self.config)
-        if chosen.overwrite_output_dir and not chosen.resume_from_checkpoint and chosen.should_save:
-            for path in checkpoints(output):
-                shutil.rmtree(path)
         manager = self._manager()
         check_teacher(self.config, manager.tokenizer, manager.home)
         data = self._data(manager)
@@ -150,19 +147,8 @@ class QEfficient:
             head = "a new head" if classes.new_head else "the checkpoint's head"
             what = "a score" if data.label_names is None else f"{len(classes.names)} classes"
             tell(f"{what} on {head}: {', '.join(classes.names[:20])}")
-        earlier, asked = shared_checkpoints(output), chosen.resume_from_checkpoint
-        identity: dict[str, Any] = {}
-        if not chosen.dry_run:
-            # Before anything is compiled or written: a directory of another run stays as it is.
-            identity = {**manager.identity(), "data": data.fingerprint}
-            resume_point(output, asked or bool(earlier), identity)
-        if chosen.should_save:
-            if not (asked or earlier or chosen.dry_run):
-                forget_record(output)
-            data.write_report(output)
-            self.config.save(output / CONFIG_FILE)
-            chosen.save(output / ARGUMENTS_FILE)
-            write_settings(output / RUN_FILE, resolved(self.config, chosen), "the options of the run")
+        asked = chosen.resume_from_checkpoint
+        earlier, identity = self._begin(chosen, output, manager, data)
         if chosen.dry_run:
             return None, manager.tokenizer
         with bar(f"preparing {self.config.model_id}") as report:
@@ -202,16 +188,43 @@ class QEfficient:
         if held is not None and not self._just_evaluated(chosen):
             self.trainer.evaluate()
         self._save_final(output)
-        if isinstance(train, StreamRows) and train.left_out:
-            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in train.left_out.items())
-            tell(f"rows that were left out of the stream: {reasons}")
         if chosen.should_save and began != self.trainer.state.global_step:
             write_record(output, self.config, chosen, step, self.trainer.state.global_step)
             if is_ours(output / CARD):
                 write_card(output)
+        if isinstance(train, StreamRows) and train.left_out:
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in train.left_out.items())
+            tell(f"rows that were left out of the stream: {reasons}")
         tell(f"saved to {output}")
         self._tuned, self._answers = output, None
         return (self.load_tuned() if load else None), data.tokenizer
+
+    def _begin(
+        self, chosen: QEffTrainingArgs, output: Path, manager: QEffModelManager, data: QEffDataManager
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Writes what is known before training, and says where it goes on.
+
+        Returns:
+            (complete checkpoints of an earlier run that is continued, what a resumed run must share with this one).
+        """
+        asked = chosen.resume_from_checkpoint
+        if chosen.overwrite_output_dir and not asked and chosen.should_save and not chosen.dry_run:
+            for path in checkpoints(output):
+                shutil.rmtree(path)
+        earlier = shared_checkpoints(output)
+        identity: dict[str, Any] = {}
+        if not chosen.dry_run:
+            # Before anything is compiled or written: a directory of another run stays as it is.
+            identity = {**manager.identity(), "data": data.fingerprint}
+            resume_point(output, asked or bool(earlier), identity)
+        if chosen.should_save:
+            if not (asked or earlier or chosen.dry_run):
+                forget_record(output)
+            data.write_report(output)
+            self.config.save(output / CONFIG_FILE)
+            chosen.save(output / ARGUMENTS_FILE)
+            write_settings(output / RUN_FILE, resolved(self.config, chosen), "the options of the run")
+        return earlier, identity
 
     def generate(
         self,
