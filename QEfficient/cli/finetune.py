@@ -158,6 +158,8 @@ def finetune(
     if what.dataset_name is None and what.datasets is None:
         raise OptionError("name the data with --dataset: a file, a directory, a hub id, or 'sample' to try it out.")
     if write_config is not None:
+        if write_config.exists():
+            raise OptionError(f"{write_config} exists: choose a new file for --write-config.")
         typer.echo(str(write_settings(write_config, given, "fine-tuning options")))
         return
     from QEfficient.finetune.refine import QEfficient

@@ -10,6 +10,7 @@ from typing import Any
 from QEfficient.errors import OptionError
 from QEfficient.finetune.callbacks import METRICS_FILE, read_rows
 from QEfficient.finetune.checkpoint import ADAPTER_WEIGHTS
+from QEfficient.finetune.methods.facts import METHODS
 from QEfficient.finetune.run_record import ARGUMENTS_FILE, CONFIG_FILE, PROOF_FILE, read_record
 from QEfficient.finetune.settings_file import read_settings, write_text
 
@@ -18,9 +19,17 @@ CARD = "README.md"
 MARK = "<!-- qefficient card: measured values only. It is written anew by every run, unless this line is removed. -->"
 _PIPELINES = {"generation": "text-generation", "seq_classification": "text-classification"}
 
+#: Method -> what its loss is a mean over.
+_UNITS = {
+    **dict.fromkeys(("dpo", "orpo", "reward"), "loss per pair"),
+    **dict.fromkeys(("sft", "distill"), "loss per trained token"),
+    "kto": "loss per answer",
+}
+
 #: Options of `QEffConfig` and `QEffTrainingArgs` that make the update what it is.
 _OPTIONS = (
     *("max_ctx_len", "packing", "train_on", "truncation"),
+    *("method", *dict.fromkeys(name for facts in METHODS.values() for name in facts.options)),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "epoch_decay", "optim", "weight_decay", "max_grad_norm"),
     *("base_weights", "recompute", "load_best_model_at_end", "seed"),
@@ -62,7 +71,7 @@ def card_text(directory: str | Path) -> str:
     logs = Path(how.get("logging_dir") or place / "logs")
     rows = read_rows(logs / METRICS_FILE)
     lines = [
-        _header(record, what["task"], adapter),
+        _header(record, what, adapter),
         MARK,
         "",
         f"# {place.resolve().name}",
@@ -70,7 +79,7 @@ def card_text(directory: str | Path) -> str:
         f"{'A LoRA adapter for' if adapter else 'Fine-tuned from'} {record['base_model']['name']}, trained through a "
         f"compiled ONNX step ({record['target']}).",
         *_section("Held-out rows", ("", "before training", "these weights"), _held_out(rows)),
-        *_section("Training loss", ("optimizer step", "loss per trained token"), _training_loss(rows)),
+        *_section("Training loss", ("optimizer step", _UNITS.get(what["method"], "loss")), _training_loss(rows)),
         *_section("What was trained", ("", ""), _trained(record, what, adapter)),
         *_section("Data", ("", "rows", "tokens", "trained tokens"), _data(place / "data_report.json", record)),
         *_section("Options", ("option", "value"), _options(what, how)),
@@ -81,18 +90,19 @@ def card_text(directory: str | Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _header(record: Mapping[str, Any], task: str, adapter: bool) -> str:
+def _header(record: Mapping[str, Any], what: Mapping[str, Any], adapter: bool) -> str:
     """The block that the hub reads: names of models and data only where the hub knows them."""
     from huggingface_hub import ModelCardData
 
     base = record["base_model"]["name"] if record["base_model"]["hub"] else None
     tags = ["lora", "transformers"] if adapter else []
+    tags += [] if what["method"] == "sft" else [what["method"]]
     if base is not None:
         tags.insert(0, f"base_model:{'adapter' if adapter else 'finetune'}:{base}")
     data = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag=_PIPELINES[task],
+        pipeline_tag=_PIPELINES[what["task"]],
         tags=[*tags, "qefficient"],
         datasets=[record["dataset"]["name"]] if record["dataset"]["hub"] else None,
     )
@@ -105,7 +115,8 @@ def _held_out(rows: Sequence[Mapping[str, Any]]) -> Table:
     if not held:
         return []
     first, last = held[0] if held[0]["step"] == 0 else {}, held[-1]
-    keys = (key for key in ("eval_loss", "eval_perplexity", "eval_accuracy") if key in last)
+    rates = ("eval_runtime", "eval_tokens_per_second")
+    keys = (key for key in last if key.startswith("eval_") and key not in rates)
     return [(key.removeprefix("eval_"), _number(first.get(key)), _number(last[key])) for key in keys]
 
 
@@ -142,7 +153,9 @@ def _options(what: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
     """What decided about the update; a run has a number of steps or of epochs."""
     given = {**what, **{name: value for name, value in how.items() if value is not None}}
     other = "max_steps" if given["max_steps"] == -1 else "num_train_epochs"
-    return [(name, f"`{given[name]}`") for name in _OPTIONS if given.get(name) is not None and name != other]
+    foreign = {name for facts in METHODS.values() for name in facts.options} - {*METHODS[what["method"]].options}
+    shown = [name for name in _OPTIONS if given.get(name) is not None and name not in {other, *foreign}]
+    return [(name, f"`{given[name]}`") for name in shown]
 
 
 def _cost(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Table:

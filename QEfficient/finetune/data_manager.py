@@ -221,7 +221,7 @@ class QEffDataManager:
 
         return teacher_of(self.config, self._home)
 
-    def _asking(self, teacher: Teacher) -> Callable[[Sequence[Example], Progress], list[Example]]:
+    def _asking(self, teacher: Teacher) -> Callable[[Sequence[Example], Progress], list[Example | None]]:
         return lambda examples, progress: teacher.answers(examples, self.config.max_ctx_len, self._home, progress)
 
     def _key(self, source: Source, preparation: Preparation, teacher: Teacher | None) -> str:

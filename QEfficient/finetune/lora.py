@@ -98,7 +98,7 @@ def read_lora(value: Any) -> dict[str, Any] | None:
     Raises:
         OptionError: an unknown or unsupported key, a value out of range, or an unreadable file.
     """
-    if value is None:
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
         return None
     if isinstance(value, str | os.PathLike):
         value = read_settings(os.fspath(value), "LoRA options")
@@ -153,6 +153,15 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("layers_to_transform", "trainable_token_indices"):
         if name in found:
             found[name] = _numbers(name, found[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in found:
+            mapping(f"lora_config[{name!r}]", found[name])
+    for name in ("layers_to_transform", "layers_pattern"):
+        if name in found and isinstance(found.get("target_modules", "all-linear"), str):
+            raise OptionError(
+                f"lora_config has {name}, with which target_modules must be a list of names, such as ['q_proj', "
+                "'v_proj']."
+            )
     return {**DEFAULT_LORA, **_checked_common(found, ("use_rslora", "use_dora", "fan_in_fan_out"))}
 
 

@@ -40,8 +40,20 @@ def split_options(given: Mapping[str, Any]) -> tuple[QEffConfig, QEffTrainingArg
         elif name in PLACES["QEffTrainingArgs"]:
             how[name] = value
         else:
-            raise OptionError(f"there is no option {name!r}.{where(name, 'QEffConfig', 'QEffTrainingArgs')}")
+            elsewhere = where(name, "QEffConfig", "QEffTrainingArgs")
+            raise OptionError(f"there is no option {name!r}.{elsewhere}{_of_another_tool(name)}")
     return QEffConfig(**what), QEffTrainingArgs(**how)
+
+
+def _of_another_tool(name: str) -> str:
+    """A sentence, or nothing: how a file of another tool that has such a key is read."""
+    from QEfficient.finetune.foreign.read import TOOLS
+
+    known = [tool for tool in TOOLS.values() if name in tool.keys]
+    if not known:
+        return ""
+    titles, words = " or ".join(tool.title for tool in known), " or ".join(f"--from {tool.name}" for tool in known)
+    return f" In a file of {titles} it is read with {words}."
 
 
 def resolved(what: QEffConfig, how: QEffTrainingArgs) -> dict[str, Any]:

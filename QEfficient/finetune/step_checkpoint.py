@@ -116,6 +116,13 @@ def _with_adapter(ghost: Any, peft_config: Any, adapter_name: str) -> Any:
         found = [f".{name}" for name in adapted_modules(model)]
         # PEFT is content when one of several names matches; a single text is a pattern.
         lost = [a for a in asked if not isinstance(wanted, str) and not any(n.endswith(f".{a}") for n in found)]
+    narrowed = [n for n in ("layers_to_transform", "exclude_modules") if getattr(peft_config, n, None) is not None]
+    if lost and narrowed:
+        given = ", ".join(f"{name}={getattr(peft_config, name)}" for name in narrowed)
+        raise OptionError(
+            f"LoRA target_modules {lost} with {given} match nothing in {type(ghost).__name__}, which has "
+            f"{getattr(ghost.config, 'num_hidden_layers', 'no')} layers (from 0): change one of them."
+        )
     if lost:
         raise OptionError(
             f"target_modules {lost} match nothing in {type(ghost).__name__}, whose linear layers are {leaves}."

@@ -239,7 +239,7 @@ def test_unknown_keys_name_the_nearest(tool, key, near):
         ("llamafactory", {"stage": "dpo"}, "stage='dpo' of LLaMA-Factory is not available"),
         ("llamafactory", {"finetuning_type": "freeze"}, "must be lora or full"),
         ("llamafactory", {"quantization_bit": 3}, "must be 4 or 8 bits"),
-        ("llamafactory", {"use_dora": True}, "use_dora is not available"),
+        ("llamafactory", {"pissa_init": True}, "pissa_init is not available"),
         ("llamafactory", {"eval_dataset": "x"}, "set val_size"),
         ("torchtune", {"dataset": {"_component_": "torchtune.datasets.samsum_dataset"}}, "cannot be read"),
         ("torchtune", {"optimizer": {"_component_": "torch.optim.Adagrad", "lr": 1}}, "must be one of AdamW"),

@@ -223,25 +223,31 @@ def test_distilled_probabilities_are_torchs(checkpoint, tmp_path):
 
 def test_a_teacher_answers_the_prompts(checkpoint, tmp_path):
     """What is trained on is what transformers generates with the teacher for the same prompts."""
-    rows = [{"prompt": row["prompt"], "completion": " unused"} for row in pairs(5)]
+    rows = [{"prompt": f"{word} {n}:", "completion": " unused"} for n, word in enumerate(WORDS * 4)]
     config = QEffConfig(
         str(checkpoint), rows, method="distill", distillation="response", teacher_model=str(checkpoint),
-        train_frac=1.0, max_ctx_len=24,
+        train_frac=1.0, max_ctx_len=100,
     )  # fmt: skip
     _, data = QEfficient(config, QEffTrainingArgs(tmp_path / "out")).parts()
     train, _ = data.prepare_dataset()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
-    seen = set()
-    for row, item in zip(rows, train, strict=True):
+    numbers = np.asarray(train.numbers).tolist()
+    for number, row in enumerate(rows, start=1):
         prompt = data.prompt_ids(row["prompt"])
-        longest = max(len(data.prompt_ids(r["prompt"])) for r in rows)
-        wanted = teacher.generate(torch.tensor([prompt]), max_new_tokens=23 - longest, do_sample=False, eos_token_id=2)
-        answer = tokenizer.decode(wanted[0, len(prompt) :], skip_special_tokens=True)
-        trained = np.asarray(item["input_ids"])[np.asarray(item["labels"]) != -100]
-        assert tokenizer.decode(trained, skip_special_tokens=True) == answer
-        seen.add(answer)
-    assert len(seen) > 1
+        group = rows[(number - 1) // 8 * 8 :][:8]  # answered together, within what the longest prompt leaves
+        longest = max(len(data.prompt_ids(r["prompt"])) for r in group)
+        wanted = teacher.generate(torch.tensor([prompt]), max_new_tokens=99 - longest, do_sample=False, eos_token_id=2)
+        made = wanted[0, len(prompt) :].tolist()
+        assert (number in numbers) == (2 in made)  # an answer that did not end is not learned
+        if 2 in made and made != [2]:
+            item = train[numbers.index(number)]
+            trained = np.asarray(item["input_ids"])[np.asarray(item["labels"]) != -100]
+            answer = tokenizer.decode(made, skip_special_tokens=True)
+            assert tokenizer.decode(trained, skip_special_tokens=True) == answer
+    left_out = data.audit.splits["train"].dropped["the teacher did not finish"]
+    assert 0 < left_out < len(rows)
+    assert len(numbers) + left_out == len(rows)
 
 
 def test_without_a_reference_its_probabilities_are_0(checkpoint, tmp_path):

@@ -43,18 +43,23 @@ def texts(manager: QEffDataManager, item: Any) -> tuple[str, str]:
          "rejected": {"from": "gpt", "value": "no"}},
         {"instruction": "Q?", "input": "", "chosen": "yes", "rejected": "no"},
         {"question": "Q?", "chosen_response": "yes", "rejected_response": "no"},
-        {"chosen": "Q? yes", "rejected": "Q? no"},
     ],
 )  # fmt: skip
 def test_every_form_says_the_same(row):
-    """With a chat template all of them are one conversation, but for the text that was cut before its space."""
+    """With a chat template all of them are one conversation."""
     manager, rows = prepared([row, {**row, "extra": 1}])
-    space = " " if isinstance(row["chosen" if "chosen" in row else "chosen_response"], str) and len(row) == 2 else ""
     for pair in rows:
         for name, answer in (("chosen", "yes"), ("rejected", "no")):
             before, trained = texts(manager, pair[name])
             assert before == "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n\n"
-            assert trained == f"{space}{answer}<|im_end|>"
+            assert trained == f"{answer}<|im_end|>"
+
+
+def test_texts_that_hold_their_prompt_are_learned_as_they_are():
+    """No template goes around them: they may hold one of their own."""
+    manager, (pair,) = prepared([{"chosen": "Human: Q? Bot: yes", "rejected": "Human: Q? Bot: no"}])
+    assert texts(manager, pair["chosen"]) == ("Human: Q? Bot:", " yes</s>")
+    assert texts(manager, pair["rejected"]) == ("Human: Q? Bot:", " no</s>")
 
 
 def test_without_a_template_the_texts_are_joined_as_prompt_and_completion_are():
@@ -110,6 +115,7 @@ def test_empty_answers_are_empty_rows():
     for value in (None, "", " ", []):
         assert preference({"prompt": "a", "chosen": value, "rejected": "b"}) is None
         assert judged({"prompt": "a", "completion": value, "label": True}) is None
+        assert value is None or preference({"prompt": value, "chosen": "a b", "rejected": "a c"}) is None
     assert judged({"prompt": "a", "completion": "b", "label": None}) is None
 
 

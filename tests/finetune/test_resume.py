@@ -185,9 +185,7 @@ def test_a_finished_run_can_be_made_longer(whole: Path, tiny_checkpoint: Path, r
     assert seen.done == list(range(STEPS + 1, STEPS + 4))
 
 
-def test_what_does_not_train_leaves_an_earlier_run_alone(
-    stopped: Path, tiny_checkpoint: Path, rows_file: Path
-) -> None:
+def test_what_does_not_train_leaves_an_earlier_run_alone(stopped: Path, tiny_checkpoint: Path, rows_file: Path) -> None:
     """A dry run, and a run that is refused, although both would overwrite."""
     before = sorted(path.name for path in stopped.glob("checkpoint-*"))
     assert before

@@ -158,7 +158,7 @@ class RowEncoder:
 
     def _prepared(self, example: Exchange | Conversation) -> Exchange | Conversation:
         system = self.options.system_prompt
-        if self.chat.available:
+        if self.chat.available and not (isinstance(example, Exchange) and example.plain):
             chat = example.conversation() if isinstance(example, Exchange) else example
             return chat if system is None else chat.with_system(system)
         if isinstance(example, Conversation):

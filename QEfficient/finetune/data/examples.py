@@ -19,6 +19,7 @@ class Exchange:
         system: system message, if any.
         history: earlier (prompt, answer) pairs.
         joiner: what stands between prompt and answer where there is no chat template.
+        plain: the two are one text as it is, which no chat template goes around.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class Exchange:
     system: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     joiner: str = ""
+    plain: bool = False
 
     def conversation(self) -> Conversation:
         """The same as chat messages."""

@@ -24,7 +24,7 @@ _VERDICTS = {1: True, 0: False, "true": True, "false": False, "1": True, "0": Fa
 def preference(row: Row) -> Preference | None:
     """``chosen`` and ``rejected``, texts or messages, after ``prompt``, ``question`` or ``instruction``, ``input``.
 
-    Without a prompt the two must begin alike, and what they share is the prompt.
+    Without a prompt the two must begin alike, and what they share is the prompt; texts are then whole as they are.
     """
     first, second = next(pair for pair in PAIRED if pair[0] in row and pair[1] in row)
     chosen, rejected = _answer(row[first]), _answer(row[second])
@@ -33,9 +33,10 @@ def preference(row: Row) -> Preference | None:
     if chosen == rejected:
         raise InputError(f"{first} and {second} are the same, so there is nothing to prefer.")
     prompt = _prompt(row)
-    if prompt is None:
+    shared = prompt is None
+    if shared:
         prompt, (chosen, rejected) = _shared(first, second, chosen, rejected)
-    pair = [_reply(row, prompt, name, answer) for name, answer in ((first, chosen), (second, rejected))]
+    pair = [_reply(row, prompt, name, answer, shared) for name, answer in ((first, chosen), (second, rejected))]
     return None if pair[0] is None or pair[1] is None else Preference(pair[0], pair[1])
 
 
@@ -69,9 +70,9 @@ def _answer(value: Any) -> Any:
 
 
 def _prompt(row: Row) -> Any:
-    """A text or messages; None where the row has neither."""
+    """A text or messages, which may be empty; None where the row has neither."""
     for name in ("prompt", "question"):
-        if row.get(name):
+        if row.get(name) is not None:
             return _answer(row[name])
     if row.get("instruction"):
         extra = string("input", row.get("input") or "")
@@ -102,7 +103,9 @@ def _alike(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _reply(row: Row, prompt: Any, name: str, answer: Any) -> Exchange | Conversation | None:
+def _reply(row: Row, prompt: Any, name: str, answer: Any, whole: bool = False) -> Exchange | Conversation | None:
+    if prompt in ("", []):
+        return None
     if isinstance(prompt, list) or isinstance(answer, list):
         return message_pair("prompt", prompt, name, answer, row)
     if prompt is None or answer is None:
@@ -111,5 +114,5 @@ def _reply(row: Row, prompt: Any, name: str, answer: Any) -> Exchange | Conversa
     if not prompt.strip() or not answer.strip():
         return None
     # As in prompt_completion: only a column called prompt is the beginning of the text that the answer goes on with.
-    joined = "prompt" in row or not any(row.get(field) for field in ("question", "instruction"))
-    return Exchange(prompt, answer, system_of(row), (), "" if joined else "\n")
+    joined = whole or "prompt" in row
+    return Exchange(prompt, answer, system_of(row), (), "" if joined else "\n", whole)

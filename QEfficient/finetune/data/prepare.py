@@ -18,7 +18,7 @@ from QEfficient.finetune.data.audit import MOST_BAD_ROWS, LabelAudit, SplitRepor
 from QEfficient.finetune.data.augment import augmented, read_augmentations
 from QEfficient.finetune.data.batching import SAMPLE, SPLIT, permutation
 from QEfficient.finetune.data.encode import NO_END, Dropped, Encoded, EncodeOptions, RowEncoder
-from QEfficient.finetune.data.examples import Example
+from QEfficient.finetune.data.examples import Conversation, Example, Exchange
 from QEfficient.finetune.data.files import Rows, Unreadable
 from QEfficient.finetune.data.filters import Filter, apply_filters, read_filters
 from QEfficient.finetune.data.formats import Renamer, pairs_in, read_row
@@ -89,7 +89,7 @@ class Preparation:
         config: what to do with the rows.
         tokenizer: with the chat template to use.
         source: the rows.
-        respond: gives examples other answers; for training rows only.
+        respond: gives examples other answers, or None where it has none; for training rows only.
 
     Raises:
         OptionError: no format fits the columns, a column is mapped that is not there, or answers could not end.
@@ -101,11 +101,11 @@ class Preparation:
         config: QEffConfig,
         tokenizer: PreTrainedTokenizerBase,
         source: Source,
-        respond: Callable[[Sequence[Example], Progress], list[Example]] | None = None,
+        respond: Callable[[Sequence[Example], Progress], list[Example | None]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.source, self._respond = config, tokenizer, source, respond
         #: Number of a training row, from 1 -> the example with another answer, where `respond` gives them.
-        self._answers: dict[int, Example] = {}
+        self._answers: dict[int, Example | None] = {}
         found = recognise(config, source.train, source.name, source.labels)
         self.renamer, self._names_of_rows, self.format = found.renamer, found.names, found.format
         self.bad_rows: list[str] = []
@@ -201,6 +201,11 @@ class Preparation:
             self._names = self._classes(encoded)
         for name, (found, dropped, marks) in encoded.items():
             tokens = TokenRows.from_encoded(found, self._names)
+            if tokens.desirable is not None:
+                good = int(tokens.desirable.sum())
+                self.notes.append(
+                    f"{name}: {good:,} of {len(tokens):,} answers are good, {len(tokens) - good:,} are not."
+                )
             without_end = 0 if tokens.classes else sum(not _trains_end(row) for _, row in found)
             given = len(parts[name][1])
             if self._augmentations and name == "train":
@@ -291,10 +296,12 @@ class Preparation:
         variants = [renamed]
         if augment and self._augmentations:
             variants = augmented(self._augmentations, renamed, self.config.seed, place)
-        answered = self._answers.get(place) if augment else None
-        return [self._rows_of(variant, label, answered) for variant in variants]
+        if augment and place in self._answers:
+            answer = self._answers[place]
+            return [self._tokens_of(answer, label) if answer is not None else Dropped("the teacher did not finish")]
+        return [self._rows_of(variant, label) for variant in variants]
 
-    def _answered(self, rows: Rows, numbers: np.ndarray, progress: Progress) -> dict[int, Example]:
+    def _answered(self, rows: Rows, numbers: np.ndarray, progress: Progress) -> dict[int, Example | None]:
         """Number of a row, from 1 -> its example with the answer of `respond`; unreadable rows come up later."""
         assert self._respond is not None
         found: dict[int, Example] = {}
@@ -303,13 +310,20 @@ class Preparation:
                 row = rows[index]
                 example = None if isinstance(row, Unreadable) else read_row(self.format, self.renamer(row), index + 1)
                 found |= {} if example is None else {index + 1: example}
+        for number, example in found.items():
+            if not isinstance(example, Exchange | Conversation):
+                raise InputError(
+                    f"Row {number} has no prompt that a teacher could answer: give rows with prompts or messages, or "
+                    "use distillation='logits'."
+                )
         return dict(zip(found, self._respond([*found.values()], progress), strict=True))
 
-    def _rows_of(self, row: Any, label: int | str, answered: Example | None) -> list[Encoded] | Dropped | None:
+    def _rows_of(self, row: Any, label: int | str) -> list[Encoded] | Dropped | None:
         """A row as tokens, twice for a pair; None when a required value is empty, InputError when it cannot be read."""
-        example = answered or read_row(self.format, row, label)
-        if example is None:
-            return None
+        example = read_row(self.format, row, label)
+        return None if example is None else self._tokens_of(example, label)
+
+    def _tokens_of(self, example: Example, label: int | str) -> list[Encoded] | Dropped:
         try:
             return self._encoder.rows(example)
         except InputError as error:

@@ -33,10 +33,7 @@ def check_stream(config: QEffConfig) -> None:
     if not config.streaming:
         return
     if config.method != "sft":
-        raise OptionError(
-            f"method={config.method!r} needs more than the rows before the first step, and a stream has no end: leave "
-            "streaming out."
-        )
+        raise OptionError(f"streaming is for method='sft', and not for {config.method!r}: leave it out.")
     if config.datasets is not None:
         raise OptionError("streaming is of one source, and datasets mixes several: stream one, or mix what is read.")
     if config.train_frac not in (type(config).train_frac, 1):

@@ -64,7 +64,7 @@ def _lora(reading: Reading) -> dict[str, Any] | None:
         "r": rank, "lora_alpha": reading["lora_alpha"] or 2 * rank, "lora_dropout": reading["lora_dropout"],
         "target_modules": "all-linear" if targets == ["all"] else targets,
         "modules_to_save": _listed("additional_target", reading["additional_target"]),
-        "use_rslora": reading["use_rslora"],
+        "use_rslora": reading["use_rslora"], "use_dora": reading["use_dora"],
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}
 
@@ -160,8 +160,10 @@ _REFUSED = {
     **dict.fromkeys(
         ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_llama_pro"),
         "choose one of transformers' own optimizers with optim"),
-    **dict.fromkeys(("use_dora", "pissa_init"), "only plain LoRA can be trained"),
-    **dict.fromkeys(("ref_model", "reward_model", "pref_ftx"), shared.ONE_STAGE),
+    "pissa_init": "the base weights stay as they are",
+    **dict.fromkeys(
+        ("ref_model", "reward_model", "pref_ftx", "pref_beta", "pref_loss", "kto_chosen_weight", "kto_rejected_weight"),
+        shared.ONE_STAGE),
     **dict.fromkeys(("rope_scaling", "shift_attn", "mixture_of_depths"),
                     "set it in the checkpoint's own configuration"),
     **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens"),
@@ -183,7 +185,7 @@ _HANDLED = {
     "finetuning_type": "`lora_config`; `full` is none",
     **{key: f"`lora_config.{name}`" for key, name in {
         "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target": "target_modules",
-        "additional_target": "modules_to_save", "use_rslora": "use_rslora",
+        "additional_target": "modules_to_save", "use_rslora": "use_rslora", "use_dora": "use_dora",
     }.items()},
     "quantization_bit": "`base_weights`",
     **dict.fromkeys(("train_on_prompt", "mask_history"), "`train_on`"),

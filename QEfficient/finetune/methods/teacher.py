@@ -139,8 +139,10 @@ class Teacher:
 
     def answers(
         self, examples: Sequence[Example], max_ctx_len: int, home: Path | None, progress: Progress = silent
-    ) -> list[Example]:
+    ) -> list[Example | None]:
         """The examples with the answers the teacher gives (greedily) in place of their last ones.
+
+        None where an answer did not end within ``max_ctx_len``: to learn from it would be to stop in mid-sentence.
 
         Args:
             max_ctx_len: most tokens of a prompt, its answer and an end token.
@@ -156,24 +158,35 @@ class Teacher:
             str(self.source.directory), trust_remote_code=self.trust_remote_code, cache_home_dir=home
         )
         model.compile()
-        found: list[Example] = []
+        found: list[Example | None] = []
         for begin in range(0, len(examples), _TOGETHER):
             progress("the teacher's answers", begin, len(examples))
             part = examples[begin : begin + _TOGETHER]
             texts = self._generate(model, [encoder.prompt_ids(_asking(e)) for e in part], max_ctx_len)
-            found += [_answered(_asking(e), text) for e, text in zip(part, texts, strict=True)]
+            found += [None if t is None else _answered(_asking(e), t) for e, t in zip(part, texts, strict=True)]
         return found
 
-    def _generate(self, model: Any, prompts: list[list[int]], max_ctx_len: int) -> list[str]:
+    def _generate(self, model: Any, prompts: list[list[int]], max_ctx_len: int) -> list[str | None]:
         width = max(map(len, prompts))
         most = max(max_ctx_len - width - 1, 1)
         ids, mask = np.zeros((len(prompts), width), np.int64), np.zeros((len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-        out = np.asarray(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False))[
-            :, width:
+        own = self.source.generation_config().get("eos_token_id")
+        ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id}
+        out = np.asarray(
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=most,
+                do_sample=False,
+                eos_token_id=sorted(ends - {None}),
+            )
+        )[:, width:]
+        return [
+            str(self.tokenizer.decode(row, skip_special_tokens=True)) if ends & set(row) else None
+            for row in out.tolist()
         ]
-        return [str(self.tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in out]
 
 
 def _likeliest(model: Any, ids: np.ndarray, top: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
