@@ -93,14 +93,13 @@ class TokenLoop:
         self.decode_rows = decode["batch_size"]
         #: Columns of a decoding step: more than one where it also checks drafts; the token comes last.
         self._columns = decode["seq_len"].pad_to(1) or 1
-        slots = prefill["ctx_len"].exact
+        # A graph whose state has no slots for positions, as of Mamba, has no such dimension.
+        slots = prefill["ctx_len"].exact if "ctx_len" in prefill else manifest.options.get("ctx_len")
         if slots is None:
             raise PackageError("the package has no fixed ctx_len: compile it again.")
         # The state may be longer than what a step computes with.
-        computed = [
-            [s.symbols[WINDOW].maximum or 0 for s in kind if WINDOW in s.symbols] for kind in (prompts, answers)
-        ]
-        self._slots, self.capacity = slots, min([slots, *(max(windows) for windows in computed if windows)])
+        windows = [[s.symbols[WINDOW].maximum or 0 for s in k if WINDOW in s.symbols] for k in (prompts, answers)]
+        self._slots, self.capacity = slots, min([slots, *(max(lengths) for lengths in windows if lengths)])
         self.state_rows = prefill["full_batch_size"].exact if self.indexed else None
 
     def limit_chunk(self, tokens: int) -> None:

@@ -165,9 +165,7 @@ class QaicSession:
     def _run(self, feeds: Mapping[str, np.ndarray], kind: str, states: Sequence[str]) -> dict[str, np.ndarray]:
         self._check_open()
         if self._lost or not self._program.active:
-            said = (
-                "the last step failed, so what the card holds is unknown" if self._lost else "the session is inactive"
-            )
+            said = "the last step failed and left the card's state unknown" if self._lost else "the session is inactive"
             raise QEfficientError(f"{said}: call begin() before run().")
         if self.manifest.states and self._sizes is None:
             raise QEfficientError("call begin() before run(): this program keeps state between steps.")
