@@ -16,15 +16,13 @@ from QEfficient.errors import PackageError, QEfficientError, TargetUnavailableEr
 from QEfficient.targets.qaic_status import TIMED_OUT, failure, name_of, timed_out
 from QEfficient.targets.qaic_vendor import Vendor
 
-#: Number of a type in the vendor's messages -> what it is in numpy. bfloat16 is carried as its bits; quantized types
-#: never cross here.
-DTYPES = {
+#: Number of a type in the vendor's messages -> what it is in numpy, which has neither bfloat16 nor MXINT8.
+DTYPES: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.float32),
     1: np.dtype(np.float16),
     6: np.dtype(np.int32),
     7: np.dtype(np.int64),
     8: np.dtype(np.int8),
-    11: np.dtype(np.uint16),
 }
 _OUTPUT = 1
 #: How the runtime's classes fail where they return no status.
@@ -37,18 +35,15 @@ class Binding:
 
     Attributes:
         dtype: None for a type that the host cannot hold, such as MXINT8: such a buffer stays on the device.
-        size: bytes of its largest shape.
-        shapes: one for each specialization.
-        partial: whether a buffer smaller than its shape is taken.
+        shapes: one for each specialization. Buffers have just these sizes, also where the runtime would take smaller
+            ones (``is_partial_buf_allowed``).
     """
 
     name: str
     index: int
     dtype: np.dtype[Any] | None
     is_output: bool
-    size: int
     shapes: tuple[tuple[int, ...], ...]
-    partial: bool
 
 
 class QaicProgram:
@@ -206,10 +201,12 @@ def _bindings(described: bytes, messages: Any, damaged: str) -> dict[str, Bindin
     Raises:
         PackageError: the description is not one, or contradicts itself.
     """
+    from google.protobuf.message import DecodeError  # the messages' own module has imported it
+
     io = messages.IoDesc()
     try:
         io.ParseFromString(described)
-    except Exception:  # noqa: BLE001  protobuf's error class is not ours to import: its package comes with the SDK
+    except DecodeError:
         raise PackageError(damaged) from None
     listed = sorted(io.selected_set.bindings, key=lambda binding: binding.index)
     sets = [[tuple(shape.dims) for shape in shapes.shapes] for shapes in io.allowed_shapes]
@@ -226,9 +223,7 @@ def _bindings(described: bytes, messages: Any, damaged: str) -> dict[str, Bindin
             binding.index,
             DTYPES.get(binding.type),
             binding.dir == _OUTPUT,
-            binding.size,
             tuple(shapes[place] for shapes in sets),
-            binding.is_partial_buf_allowed,
         )
         for place, binding in enumerate(listed)
     }

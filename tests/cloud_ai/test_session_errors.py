@@ -52,7 +52,7 @@ def test_without_the_platform_sdk(package, sdk):
     assert all(word in check.missing[0] for word in ("Platform SDK", "qaicrt", "QAicApi_pb2", str(sdk / "dev")))
     refused(TargetUnavailableError, package, "stand-in", "Apps SDK")
     real = Manifest.load(package).replace(stand_in=False)
-    with pytest.raises(TargetUnavailableError, match="qaicrt is not in .*Platform SDK"):
+    with pytest.raises(TargetUnavailableError, match=r"qaicrt is not in .*Platform SDK"):
         target.load(package, real)
     # A module for another Python is there, and cannot be imported.
     install.install_runtime(sdk)
@@ -61,7 +61,7 @@ def test_without_the_platform_sdk(package, sdk):
     with pytest.raises(TargetUnavailableError, match=r"qaicrt\.cpython-38.* is not for Python"):
         target.load(package, real)
     module.write_text("import a_library_that_is_not_here\n")
-    with pytest.raises(TargetUnavailableError, match="cannot be imported.*a_library_that_is_not_here"):
+    with pytest.raises(TargetUnavailableError, match=r"cannot be imported.*a_library_that_is_not_here"):
         target.load(package, real)
 
 

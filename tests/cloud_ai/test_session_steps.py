@@ -2,13 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from test_session import NEW, PROMPTS, generated
 from tiny_models import sample_prompt, tiny_causal_lm
 
 import QEfficient
-from QEfficient.errors import ContextLengthError, InputError, PackageError, QEfficientError, ShapeError
+from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError, QEfficientError, ShapeError
+from QEfficient.finetune import QAICCompiler, QAICLoader
+from QEfficient.finetune.step_model import from_module
+from QEfficient.finetune.step_package import export_step
+from QEfficient.finetune.step_session import StepSession
+from QEfficient.models.packaging import compile_export
+from QEfficient.progress import silent
+from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.manifest import Manifest
+from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
 
 LENGTHS = {"prefill_seq_len": 8, "ctx_len": 64}
@@ -109,8 +118,8 @@ def test_the_shortest_context_that_covers_the_positions_is_computed(models, card
         assert card.chosen == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
         with pytest.raises(ContextLengthError, match="ctx_len=64"):
             generated(package, [sample_prompt(65)], new=1)
+        feeds = {"input_ids": np.zeros((1, 8), np.int64), "position_ids": np.arange(57, 65)[None]}
         with pytest.raises(ContextLengthError, match="position 64 is beyond 64"):
-            feeds = {"input_ids": np.zeros((1, 8), np.int64), "position_ids": np.arange(57, 65)[None]}
             package.session.run(feeds, "Prefill")
 
 
@@ -153,9 +162,10 @@ def test_states_handed_from_a_prefill_package_to_a_decode_package(models, card, 
         tokens.append(int(decode.run(feeds, "Decode")["logits"][0, -1].argmax()))
     assert tokens == expected[2]
     assert [len(step) for step in card.sent[-(NEW - 1) :]] == [6] + [2] * (NEW - 2)
-    with pytest.raises(InputError, match="past_key.0 must be float16"):
+    with pytest.raises(InputError, match=r"past_key\.0 must be float16"):
         decode.write_states({name: array[:, :, :9] for name, array in states.items()})
-    prefill.close(), decode.close()
+    prefill.close()
+    decode.close()
 
 
 @pytest.mark.parametrize(("only", "word"), [(True, "prompts only"), (False, "answers only")])
@@ -204,3 +214,42 @@ def test_wrong_inputs_are_refused_before_the_card_sees_them(models, card):
         assert card.sent == []
     with pytest.raises(QEfficientError, match="closed"):
         session.begin({"batch_size": 1, "ctx_len": 64})
+
+
+def test_a_training_step_through_the_documented_names(card, tmp_path):
+    """`QAICCompiler` and `QAICLoader`: loss and gradients of the host's step, and of new values at the next call."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = from_module(get_peft_model(tiny_causal_lm("llama"), config))
+    step = export_step(tuned, ArtifactStore(tmp_path / "home"))[1]
+    options = CompileOptions(batch_size=2, seq_len=(8,))
+    host = compile_export(ArtifactStore(tmp_path / "home"), step, "step", options, [], silent)
+    package = QAICCompiler().compile(step / "model.onnx", tmp_path / "card", batch_size=2, seq_len=8)
+    loader = QAICLoader(package, device_ids=[1])
+    loader.load_model()
+    batch = {"input_ids": np.array([PROMPTS[1], PROMPTS[1][::-1]])}
+    batch["labels"] = np.where(np.arange(8) < 3, -100, batch["input_ids"])  # 10 of the 14 rows there are room for
+    rng = np.random.default_rng(0)
+    with StepSession(host) as expected, loader.get_session() as found:
+        assert found.manifest.stand_in
+        values = {
+            spec.name: (rng.standard_normal(spec.shape) * 0.1).astype(np.float32) for spec in found.manifest.parameters
+        }
+        losses = []
+        for session in (expected, found):
+            session.set_parameters(values)
+        for _ in range(2):
+            a, b = (session.run(batch) for session in (expected, found))
+            np.testing.assert_allclose(b.loss, a.loss, rtol=2e-3)
+            np.testing.assert_allclose(b.logprobs, a.logprobs, atol=2e-2)
+            assert a.gradients.keys() == b.gradients.keys()
+            for name, gradient in a.gradients.items():
+                np.testing.assert_allclose(b.gradients[name], gradient, atol=2e-3 * np.abs(gradient).max() + 1e-6)
+            losses.append(a.loss)
+            for array in values.values():
+                array *= 2  # in place, as an optimiser does
+        assert abs(losses[0] - losses[1]) > 0.01
+    with pytest.raises(OptionError, match="device_ids"):
+        QAICLoader(package, device_ids=[0, 1]).load_model()
+    with pytest.raises(OptionError, match="runs on the host"):
+        QAICLoader(host, device_ids=[0]).load_model()

@@ -113,8 +113,9 @@ CtxGatherCB (data, batch_index, ctx_indices, comp_ctx_len) => (result) {
 class CacheFunctions(OnnxTransform):
     """Writes keys and values with ``CtxScatter`` and reads them with ``CtxGather`` (``…CB`` with ``batch_index``).
 
-    The functions' bodies are in the graph. A value at a slot above its row's largest position reads as 0, and a key too
-    where its score is not selected by a mask, so that device memory nobody wrote cannot reach a result. State that is written in another way keeps its operators.
+    The functions' bodies are in the graph. A value at a slot above its row's largest position reads as 0, and so does a
+    key unless a mask selects its score, so that device memory nobody wrote cannot reach a result. State that is written
+    in another way keeps its operators.
 
     Parameters:
         comp_ctx: add the input ``comp_ctx_lengths`` int64 [L], of which only the length counts: L slots are read
