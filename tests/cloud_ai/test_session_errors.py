@@ -12,6 +12,8 @@ from stand_in.runtime import QStatus
 from test_session import PROMPTS, generated
 
 import QEfficient
+from QEfficient.cli.main import app
+from QEfficient.cloud import execute
 from QEfficient.errors import (
     OptionError,
     OutOfMemoryError,
@@ -187,3 +189,14 @@ def test_cores_can_be_lent_and_taken_back(package, card):
     np.testing.assert_array_equal(session.run(one, "Decode")["logits"], logits)
     session.close()
     session.close()
+
+
+@pytest.mark.parametrize("program", ["qefficient", "cloud"])
+def test_a_wrong_group_on_the_command_line(package, program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        if program == "cloud":
+            execute.main(["--qpc-path", str(package), "--prompt", "x", "--device-group", "[0,1]"])
+        else:
+            app(["execute", str(package), "--prompt", "x", "--device-group", "0,1"])
+    assert stopped.value.code
+    assert "1 device, and device_ids is [0, 1]" in " ".join(capsys.readouterr().err.split())

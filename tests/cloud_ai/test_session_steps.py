@@ -9,7 +9,7 @@ from tiny_models import sample_prompt, tiny_causal_lm
 
 import QEfficient
 from QEfficient.errors import ContextLengthError, InputError, OptionError, PackageError, QEfficientError, ShapeError
-from QEfficient.finetune import QAICCompiler, QAICLoader
+from QEfficient.finetune import QAICLoader
 from QEfficient.finetune.step_model import from_module
 from QEfficient.finetune.step_package import export_step
 from QEfficient.finetune.step_session import StepSession
@@ -19,6 +19,7 @@ from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
+from QEfficient.transforms.onnx.queue import resolve
 
 LENGTHS = {"prefill_seq_len": 8, "ctx_len": 64}
 
@@ -216,15 +217,17 @@ def test_wrong_inputs_are_refused_before_the_card_sees_them(models, card):
         session.begin({"batch_size": 1, "ctx_len": 64})
 
 
-def test_a_training_step_through_the_documented_names(card, tmp_path):
-    """`QAICCompiler` and `QAICLoader`: loss and gradients of the host's step, and of new values at the next call."""
+def test_a_training_step_through_the_loader(card, tmp_path):
+    """`QAICLoader`: loss and gradients of the host's step, and of new values at the next call."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     tuned = from_module(get_peft_model(tiny_causal_lm("llama"), config))
     step = export_step(tuned, ArtifactStore(tmp_path / "home"))[1]
-    options = CompileOptions(batch_size=2, seq_len=(8,))
-    host = compile_export(ArtifactStore(tmp_path / "home"), step, "step", options, [], silent)
-    package = QAICCompiler().compile(step / "model.onnx", tmp_path / "card", batch_size=2, seq_len=8)
+    store, options = ArtifactStore(tmp_path / "home"), CompileOptions(batch_size=2, seq_len=(8,))
+    host = compile_export(store, step, "step", options, [], silent)
+    # The compiler takes opset 17, which the card's own queue of a training step does not write.
+    queue = resolve(["FixTrainingOps:profile=qaic", "LowerOpset:opset=17", "FP16Clip"])
+    package = compile_export(store, step, "step", options.replace(target="qaic"), queue, silent)
     loader = QAICLoader(package, device_ids=[1])
     loader.load_model()
     batch = {"input_ids": np.array([PROMPTS[1], PROMPTS[1][::-1]])}
@@ -235,7 +238,7 @@ def test_a_training_step_through_the_documented_names(card, tmp_path):
         values = {
             spec.name: (rng.standard_normal(spec.shape) * 0.1).astype(np.float32) for spec in found.manifest.parameters
         }
-        losses = []
+        peaks = []
         for session in (expected, found):
             session.set_parameters(values)
         for _ in range(2):
@@ -245,10 +248,10 @@ def test_a_training_step_through_the_documented_names(card, tmp_path):
             assert a.gradients.keys() == b.gradients.keys()
             for name, gradient in a.gradients.items():
                 np.testing.assert_allclose(b.gradients[name], gradient, atol=2e-3 * np.abs(gradient).max() + 1e-6)
-            losses.append(a.loss)
+            peaks.append(max(np.abs(gradient).max() for gradient in a.gradients.values()))
             for array in values.values():
                 array *= 2  # in place, as an optimiser does
-        assert abs(losses[0] - losses[1]) > 0.01
+        assert peaks[1] > 1.5 * peaks[0]  # the gradients of the first values would not have passed
     with pytest.raises(OptionError, match="device_ids"):
         QAICLoader(package, device_ids=[0, 1]).load_model()
     with pytest.raises(OptionError, match="runs on the host"):
