@@ -66,7 +66,7 @@ class QaicProgram:
     def __init__(
         self, directory: Path, vendor: Vendor, devices: Sequence[int] | None, timeout: float, log: Path
     ) -> None:
-        self._vendor, self._rt, self._timeout = vendor, vendor.qaicrt, timeout
+        self._rt, self._timeout = vendor.qaicrt, timeout
         ids = list(devices) if devices else []
         listed = ", ".join(map(str, ids)) or "0"
         self._where = f"device{'s' if len(ids) > 1 else ''} {listed}"

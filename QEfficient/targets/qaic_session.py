@@ -75,7 +75,6 @@ class QaicSession:
             raise ShapeError(f"begin() needs values for {sorted(missing)}.")
         sizes = {name: symbols[name] for name in needed}
         for specialization in self.manifest.specializations:
-            # Prompts may enter one at a time where rows of state are named by batch_index: those have own symbols.
             name = misfit(sizes, specialization)
             if name is not None:
                 raise ShapeError(f"{name}={sizes[name]} does not fit the specialization {specialization}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from QEfficient.errors import OutOfMemoryError, QEfficientError, ShapeError, TargetUnavailableError
+from QEfficient.errors import OutOfMemoryError, QEfficientError, TargetUnavailableError
 
 #: Status name -> (error class, what it means and what to do).
 _MEANINGS: dict[str, tuple[type[QEfficientError], str]] = {
@@ -51,8 +51,3 @@ def timed_out(doing: str, devices: str, limit: float) -> QEfficientError:
         f"{doing} on {devices} took longer than {limit:g} seconds and was given up: pass a larger timeout, or see "
         "whether the device is Ready in qaic-util -q."
     )
-
-
-def no_match(passed: str, allowed: str) -> ShapeError:
-    """The error for sizes that belong to no specialization of the program."""
-    return ShapeError(f"the program takes no inputs of {passed}: it was compiled for {allowed}.")

@@ -193,10 +193,9 @@ def test_cores_can_be_lent_and_taken_back(package, card):
 
 @pytest.mark.parametrize("program", ["qefficient", "cloud"])
 def test_a_wrong_group_on_the_command_line(package, program, capsys):
+    rest = ["--prompt", "x", "--device-group", "[0,1]"]
+    call, words = (execute.main, ["--qpc-path"]) if program == "cloud" else (app, ["execute"])
     with pytest.raises(SystemExit) as stopped:
-        if program == "cloud":
-            execute.main(["--qpc-path", str(package), "--prompt", "x", "--device-group", "[0,1]"])
-        else:
-            app(["execute", str(package), "--prompt", "x", "--device-group", "0,1"])
+        call([*words, str(package), *rest])
     assert stopped.value.code
     assert "1 device, and device_ids is [0, 1]" in " ".join(capsys.readouterr().err.split())
