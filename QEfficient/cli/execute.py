@@ -24,6 +24,10 @@ def execute(
     stream: Stream = None,
     as_json: AsJson = False,
     threads: Threads = None,
+    device_group: Annotated[
+        str | None,
+        typer.Option(metavar="IDS", help="Ids of the accelerators, e.g. 0,1. (Cloud AI only)", show_default=False),
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip comparing every file with its digest in the manifest.")
     ] = False,
@@ -38,11 +42,13 @@ def execute(
     qefficient execute ./my-package --prompt "Once upon a time" --generation-len 64
     qefficient execute ./my-classifier-package --text "what a film"
     """
+    from QEfficient.cli.compile_flags import device_ids
     from QEfficient.engine.package import open_package
 
     if prompts.given and texts.given:
         raise InputError("prompts are for causal packages, texts for encoders: give one kind.")
-    with open_package(package, verify=not no_verify, threads=threads) as loaded:
+    devices = None if device_group is None else device_ids(device_group)
+    with open_package(package, verify=not no_verify, threads=threads, device_ids=devices) as loaded:
         if loaded.manifest.task == "text-generation":
             if texts.given:
                 raise InputError(f"{package} generates text: pass --prompt instead of --text.")

@@ -38,13 +38,18 @@ def main(arguments: Sequence[str]) -> None:
     with user_errors(verbose(arguments)):
         values = parser.read(arguments)
         texts = prompts(values)
-        idle = [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(values, name)]
+        from QEfficient.cli.compile_flags import device_ids
+        from QEfficient.engine.package import open_package
+        from QEfficient.targets.manifest import Manifest
+
+        on_card = Manifest.load(values.qpc_path).target != "host"
+        devices = device_ids(values.device_group) if on_card and values.device_group else None
+        without = [name for name in _IDLE if getattr(values, name) and not (on_card and name == "device_group")]
+        idle = [f"--{name.replace('_', '-')}" for name in without]
         if idle:
             print(f"note: without effect, the package knows it: {', '.join(idle)}.", file=sys.stderr)
 
-        from QEfficient.engine.package import open_package
-
-        with expect_task(open_package(values.qpc_path), "text-generation") as package:
+        with expect_task(open_package(values.qpc_path, device_ids=devices), "text-generation") as package:
             settings = {} if values.generation_len is None else {"max_new_tokens": values.generation_len}
             live = streams(texts, None, as_json=False)
             answer(package, texts, chat=False, settings=settings, stream=live, as_json=False)

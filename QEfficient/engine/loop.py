@@ -15,6 +15,7 @@ from QEfficient.engine.settings import GenerationSettings
 from QEfficient.engine.stopping import FinishReason, Stopping
 from QEfficient.errors import ContextLengthError, PackageError
 from QEfficient.targets.base import Session
+from QEfficient.targets.manifest import WINDOW, Manifest, Specialization
 
 
 @dataclass
@@ -83,15 +84,22 @@ class TokenLoop:
     def __init__(self, session: Session) -> None:
         self.session = session
         manifest = session.manifest
-        prefill = manifest.specialization(PREFILL).symbols
+        prompts, answers = _kinds(manifest)
+        self._decode_kind = DECODE if answers is not prompts else PREFILL
+        prefill, decode = prompts[0].symbols, answers[0].symbols
         self.indexed = any(spec.name == "batch_index" for spec in manifest.inputs)
         self.chunk, self.prefill_rows = prefill["seq_len"], prefill["batch_size"]
-        self._row_prefill = RowPrefill(session) if manifest.specialization(PREFILL).by_row else None
-        self.decode_rows = manifest.specialization(DECODE).symbols["batch_size"]
-        capacity = prefill["ctx_len"].exact
-        if capacity is None:
+        self._row_prefill = RowPrefill(session) if prompts[0].by_row else None
+        self.decode_rows = decode["batch_size"]
+        #: Columns of a decoding step: more than one where it also checks drafts; the token comes last.
+        self._columns = decode["seq_len"].pad_to(1) or 1
+        # A graph whose state has no slots for positions, as of Mamba, has no such dimension.
+        slots = prefill["ctx_len"].exact if "ctx_len" in prefill else manifest.options.get("ctx_len")
+        if slots is None:
             raise PackageError("the package has no fixed ctx_len: compile it again.")
-        self.capacity = capacity
+        # The state may be longer than what a step computes with.
+        windows = [[s.symbols[WINDOW].maximum or 0 for s in k if WINDOW in s.symbols] for k in (prompts, answers)]
+        self._slots, self.capacity = slots, min([slots, *(max(lengths) for lengths in windows if lengths)])
         self.state_rows = prefill["full_batch_size"].exact if self.indexed else None
 
     def limit_chunk(self, tokens: int) -> None:
@@ -139,11 +147,11 @@ class TokenLoop:
     def _open(self, pending: int) -> int:
         """Prepares state and returns the number of slots."""
         if self.state_rows is not None:
-            self.session.begin({"full_batch_size": self.state_rows, "ctx_len": self.capacity})
+            self.session.begin({"full_batch_size": self.state_rows, "ctx_len": self._slots})
             return self.decode_rows.maximum or self.state_rows
         slots = min(pending, self.decode_rows.maximum or pending)
         slots = self.decode_rows.pad_to(slots) or slots
-        self.session.begin({"batch_size": slots, "ctx_len": self.capacity})
+        self.session.begin({"batch_size": slots, "ctx_len": self._slots})
         return slots
 
     def _admit(
@@ -212,15 +220,15 @@ class TokenLoop:
         """One decoded token for every active slot."""
         slots = [slot for slot, request in enumerate(active) if request is not None]
         rows = self._decode_rows(slots, active)
-        ids = np.zeros((len(rows), 1), np.int64)
-        positions = np.full((len(rows), 1), -1, np.int64)
+        ids = np.zeros((len(rows), self._columns), np.int64)
+        positions = np.full((len(rows), self._columns), -1, np.int64)
         for i, row in enumerate(rows):
             request = active[row]
             if request is not None:
-                ids[i, 0] = request.sequence[0, request.length - 1]
-                positions[i, 0] = request.length - 1
+                ids[i, -1] = request.sequence[0, request.length - 1]
+                positions[i, -1] = request.length - 1
         began = time.perf_counter()
-        logits = self._call(DECODE, ids, positions, rows)
+        logits = self._call(self._decode_kind, ids, positions, rows)
         timings.decode += time.perf_counter() - began
         timings.decoded += len(slots)
         chosen = logits[:, -1] if rows == slots else logits[[rows.index(slot) for slot in slots], -1]
@@ -249,3 +257,25 @@ class TokenLoop:
                 on_token(request, token, ended)
             if ended:
                 active[slot] = None
+
+
+def _kinds(manifest: Manifest) -> tuple[tuple[Specialization, ...], tuple[Specialization, ...]]:
+    """The steps for prompts and those for answers, which are the same where prompts come token by token.
+
+    Raises:
+        PackageError: the package has only one of them.
+    """
+    try:
+        prompts = manifest.steps(PREFILL)
+    except KeyError:
+        raise PackageError(
+            "the package was compiled for answers only (prefill_only=False): compile it without prefill_only."
+        ) from None
+    try:
+        return prompts, manifest.steps(DECODE)
+    except KeyError:
+        if prompts[0].symbols["seq_len"].exact == 1:
+            return prompts, prompts
+        raise PackageError(
+            "the package was compiled for prompts only (prefill_only=True): compile it without prefill_only."
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from QEfficient.errors import ArtifactWriteError, OptionError, PackageError
 from QEfficient.store.digest import DigestMemo, file_digest
 from QEfficient.store.home import cache_home
-from QEfficient.targets.base import Session
+from QEfficient.targets.base import CardSettings, Session, card_settings
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.registry import get_target
 from QEfficient.targets.tuning import Tuning, available_cores, recall
@@ -80,7 +80,13 @@ class LoadedPackage:
 
 
 def open_package(
-    directory: str | Path, *, verify: bool = True, threads: int | None = None, tuning: Tuning | None = None
+    directory: str | Path,
+    *,
+    verify: bool = True,
+    threads: int | None = None,
+    tuning: Tuning | None = None,
+    device_ids: Sequence[int] | None = None,
+    timeout: float = CardSettings.timeout,
 ) -> LoadedPackage:
     """Loads a package directory made by ``compile()`` or ``save_pretrained()``.
 
@@ -93,11 +99,16 @@ def open_package(
         threads: threads for the program; None uses what was measured by ``qefficient tune``, else every core this
             process may run on.
         tuning: how to run it, instead of what was measured.
+        device_ids: Cloud AI devices to load it on, as many as it was compiled for; None takes those it was compiled
+            with, or the first ones.
+        timeout: seconds that one step on a card may take.
 
     Raises:
         PackageError: not a package, of a newer format, incomplete, changed, or for a target that is not here.
-        OptionError: ``threads`` is not a positive number.
+        TargetUnavailableError: it needs an SDK or a device that is not here.
+        OptionError: ``threads``, ``device_ids`` or ``timeout`` are no such thing, or do not fit the package.
     """
+    card = card_settings(device_ids, timeout)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise OptionError(f"threads must be an integer of at least 1, or None for every core, got {threads!r}.")
     if threads is not None and threads > MAX_THREADS:
@@ -121,7 +132,7 @@ def open_package(
     importing = threading.Thread(target=importlib.import_module, args=(module,))
     importing.start()
     try:
-        session = target.load(place, manifest, threads=threads, tuning=tuning)
+        session = target.load(place, manifest, threads=threads, tuning=tuning, card=card)
     finally:
         importing.join()
     runner: LoadedPackage = getattr(importlib.import_module(module), name)(place, manifest, session)

@@ -17,7 +17,6 @@ from QEfficient.store.copy import copy_tree
 from QEfficient.store.digest import DigestMemo
 from QEfficient.store.files import write_errors
 from QEfficient.store.home import cache_home
-from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
 from QEfficient.targets.registry import require_compiler
@@ -103,15 +102,13 @@ class QAICLoader:
 
         Raises:
             PackageError: not a package, damaged, or not a training step.
-            TargetUnavailableError: the package is for Cloud AI 100, or a dry run.
-            OptionError: device ids for a package that runs on the host.
+            TargetUnavailableError: it is a dry run, or needs an SDK or a device that is not here.
+            OptionError: device ids that do not fit the package, or for one that runs on the host.
         """
-        if self.device_ids is not None and Manifest.load(self.qpc_path).target == "host":
-            raise OptionError(f"{self.qpc_path} runs on the host: leave out device_ids.")
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._session = StepSession(self.qpc_path)
+        self._session = StepSession(self.qpc_path, device_ids=self.device_ids)
 
     def get_session(self) -> StepSession:
         """The loaded session; loads first when that has not happened."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,6 +11,7 @@ import numpy as np
 
 from QEfficient.engine.package import verify_files
 from QEfficient.errors import InputError, OutOfMemoryError, PackageError, ShapeError, TrainingError
+from QEfficient.targets.base import card_settings
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.registry import get_target
 
@@ -41,18 +42,34 @@ class StepResult:
 class StepSession:
     """A loaded training or evaluation package."""
 
-    def __init__(self, directory: str | Path, *, verify: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        verify: bool = True,
+        threads: int | None = None,
+        device_ids: Sequence[int] | None = None,
+    ) -> None:
         """Opens a package made by `build_step`.
+
+        Args:
+            device_ids: cards to load it on, as in `QEfficient.load`.
 
         Raises:
             PackageError: not a package, damaged, or not a training step.
+            TargetUnavailableError: it needs an SDK or a device that is not here.
+            OptionError: device ids that do not fit the package, or for one that runs on the host.
         """
         self.directory = Path(directory)
         self.manifest = Manifest.load(self.directory)
         verify_files(self.directory, self.manifest, digests=verify)
         if self.manifest.task != "training":
             raise PackageError(f"{directory} does {self.manifest.task!r}, it is not a training step.")
-        self._session = get_target(self.manifest.target).load(self.directory, self.manifest, threads=threads)
+        self._session = get_target(self.manifest.target).load(
+            self.directory, self.manifest, threads=threads, card=card_settings(device_ids)
+        )
+        #: Set anew before every call where the program does not read the arrays in place.
+        self._sent: dict[str, np.ndarray] = {}
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
         self.is_classifier = "labels" in self._inputs
         self.teacher_top = next((int(s.shape[1]) for s in self.manifest.inputs if s.name == "teacher_ids"), 0)
@@ -64,6 +81,8 @@ class StepSession:
     def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
         """Sets trained tensors (and ``lora_scaling``) by file name; arrays are read in place at every call."""
         self._session.set_parameters(values)
+        if self.manifest.target != "host":
+            self._sent |= values
 
     def run(self, batch: Mapping[str, np.ndarray], normaliser: float | None = None) -> StepResult:
         """One forward (and backward) pass.
@@ -151,7 +170,7 @@ class StepSession:
         outputs = self._call(feeds)
         logprobs = np.zeros(mask.shape, np.float32)
         if not empty:
-            logprobs[row, column] = np.where(trained, outputs["token_logprobs"], 0)
+            logprobs[row, column] = np.where(trained, outputs["token_logprobs"][: row.size], 0)
         return StepResult(
             float(outputs["loss"]), logprobs, self._gradients(outputs), 0 if empty else int(trained.sum())
         )
@@ -186,7 +205,9 @@ class StepSession:
         for name, size in zip(("batch_size", "seq_len"), feeds["input_ids"].shape, strict=True):
             if name in limits and not limits[name].accepts(size):
                 raise ShapeError(f"{name}={size} does not fit the package, which takes {limits[name]}.")
-        wanted = {name: array for name, array in feeds.items() if name in self._inputs}
+        wanted = {name: self._filled(name, array) for name, array in feeds.items() if name in self._inputs}
+        if self._sent:
+            self._session.set_parameters(self._sent)
         try:
             return self._session.run(wanted, self._spec)
         except OutOfMemoryError:
@@ -195,6 +216,14 @@ class StepSession:
                 f"there is not enough memory for a step of {rows} rows of {length} tokens: lower batch_size or "
                 "max_ctx_len, or set recompute=True or base_weights='int4'."
             ) from None
+
+    def _filled(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array with rows of weight 0 up to the number of rows a program was compiled for, where it is exact."""
+        rows = self.manifest.specializations[0].symbols.get("rows")
+        if rows is None or self._inputs[name].shape[0] != "rows":
+            return array
+        missing = (rows.pad_to(len(array)) or len(array)) - len(array)
+        return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)]) if missing else array
 
     @staticmethod
     def _gradients(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

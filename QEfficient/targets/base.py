@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+from QEfficient.errors import OptionError
 from QEfficient.targets.manifest import Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.tuning import Tuning
@@ -26,6 +27,30 @@ class Availability:
     can_run: bool
     detail: str
     missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardSettings:
+    """Where a package for a card runs.
+
+    Attributes:
+        device_ids: None takes those it was compiled with, or the first ones.
+        timeout: seconds that one step may take.
+    """
+
+    device_ids: tuple[int, ...] | None = None
+    timeout: float = 60.0
+
+
+def card_settings(device_ids: Sequence[int] | None, timeout: float = CardSettings.timeout) -> CardSettings:
+    """Settings from what a user passed; OptionError when these are no device ids or no time."""
+    if device_ids is not None:
+        whole = [isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in device_ids]
+        if not whole or not all(whole):
+            raise OptionError(f"device_ids must be a non-empty list of device ids, got {device_ids!r}.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise OptionError(f"timeout must be a number of seconds above 0, got {timeout!r}.")
+    return CardSettings(None if device_ids is None else tuple(device_ids), float(timeout))
 
 
 @runtime_checkable
@@ -110,6 +135,21 @@ class Target(Protocol):
         """Writes the program and its weights into ``request.directory`` and returns the completed manifest."""
 
     def load(
-        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+        card: CardSettings | None = None,
     ) -> Session:
-        """Opens a verified package; ``tuning`` is what was measured for it here, ``threads`` wins over it."""
+        """Opens a verified package.
+
+        Args:
+            threads, tuning: how a processor runs it; ``tuning`` is what was measured here, ``threads`` wins over it.
+            card: where a card runs it; None takes the defaults.
+
+        Raises:
+            TargetUnavailableError: it cannot run here.
+            OptionError: ``card`` names devices, and this target has none.
+        """

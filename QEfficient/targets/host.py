@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from QEfficient.errors import OptionError, PackageError
-from QEfficient.targets.base import Availability, CompileRequest
+from QEfficient.targets.base import Availability, CardSettings, CompileRequest
 from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import DimRange, Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
@@ -152,8 +152,16 @@ class HostTarget:
         return manifest.replace(program=PROGRAM_FILE, states=states, runtime=runtime, specializations=specializations)
 
     def load(
-        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+        card: CardSettings | None = None,
     ) -> HostSession:
+        if card is not None and card.device_ids is not None:
+            raise OptionError(f"{directory} runs on the host: leave out device_ids.")
         if manifest.target != self.name:
             raise PackageError(f"{directory} was compiled for {manifest.target!r}, not for this target.")
         if tuning is None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from QEfficient.errors import InputError, QEfficientError, ShapeError
-from QEfficient.suggest import did_you_mean
+from QEfficient.errors import QEfficientError, ShapeError
+from QEfficient.targets.feeds import checked_parameters, feed_symbols, misfit, require_parameters
 from QEfficient.targets.host_runtime import HostProgram
 from QEfficient.targets.manifest import Manifest, Specialization
 from QEfficient.targets.tuning import Tuning
@@ -56,15 +56,7 @@ class HostSession:
     def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
         """See `Session.set_parameters`. Arrays that are contiguous and of the right dtype are not copied."""
         self._check_open()
-        known = {spec.name: spec for spec in self.manifest.parameters}
-        for name, array in values.items():
-            spec = known.get(name)
-            if spec is None:
-                raise InputError(f"the program has no parameter {name!r}.{did_you_mean(name, known)}")
-            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
-                found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise InputError(f"parameter {name} must be {spec.dtype} {spec.shape}, got {found}.")
-        new = {name: np.ascontiguousarray(array) for name, array in values.items()}
+        new = checked_parameters(self.manifest.parameters, values)
         self._parameters |= new
         for program in self._programs.values():
             self._bind_parameters(program, new)
@@ -76,11 +68,7 @@ class HostSession:
         self._check_open()
         if self.manifest.states and not self._buffers:
             raise QEfficientError("call begin() before run(): this program keeps state between steps.")
-        if len(self._parameters) < len(self.manifest.parameters):
-            unset = [spec.name for spec in self.manifest.parameters if spec.name not in self._parameters]
-            raise QEfficientError(
-                f"call set_parameters() before run(): {unset[0]} and {len(unset) - 1} more are unset."
-            )
+        require_parameters(self.manifest.parameters, self._parameters)
         spec = self.manifest.specialization(specialization)
         symbols = self._check(feeds, spec, row)
         program = self._program(spec.program or self.manifest.program)
@@ -121,32 +109,16 @@ class HostSession:
         self, feeds: Mapping[str, np.ndarray], specialization: Specialization, row: int | None
     ) -> dict[str, int]:
         """Names, dtypes, ranks, fixed sizes and symbols; returns the value of every symbol."""
-        unknown, missing = set(feeds) - set(self._inputs), set(self._inputs) - set(feeds)
-        if unknown or missing:
-            problems = {"missing": sorted(missing), "unexpected": sorted(unknown)}
-            found = " and ".join(f"{what} {names}" for what, names in problems.items() if names)
-            raise InputError(f"the program's inputs are {sorted(self._inputs)}: {found}.")
         symbols = dict(self._sizes)
         if row is not None:
             rows = symbols.get("batch_size")
             if rows is None or not 0 <= row < rows:
                 raise ShapeError(f"row {row} is not one of the {rows or 0} rows of state that begin() prepared.")
             symbols["batch_size"] = 1
-        for name, array in feeds.items():
-            spec = self._inputs[name]
-            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype):
-                kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise InputError(f"{name} must be a numpy array of {spec.dtype}, got {kind}.")
-            if array.ndim != len(spec.shape):
-                raise InputError(f"{name} must have rank {len(spec.shape)} {spec.shape}, got shape {array.shape}.")
-            for size, dim in zip(array.shape, spec.shape, strict=True):
-                expected = symbols.setdefault(dim, size) if isinstance(dim, str) else dim
-                if size != expected:
-                    raise ShapeError(f"{name} has shape {array.shape}, which does not fit {spec.shape} here.")
-        for name, value in symbols.items():
-            allowed = specialization.symbols.get(name)
-            if allowed is not None and not allowed.accepts(value):
-                raise ShapeError(f"{name}={value} does not fit the specialization {specialization}.")
+        symbols = feed_symbols(self._inputs, feeds, symbols)
+        name = misfit(symbols, specialization)
+        if name is not None:
+            raise ShapeError(f"{name}={symbols[name]} does not fit the specialization {specialization}.")
         return symbols
 
     def _bind_parameters(self, program: HostProgram, values: Mapping[str, np.ndarray]) -> None:

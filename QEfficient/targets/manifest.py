@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ FORMAT = "qefficient-package"
 #: 2: specializations may have a program of their own and run by row.
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
+
+#: The symbol of a compute context length: a step reads that many slots of the KV state instead of all.
+WINDOW = "comp_ctx_lengths"
 
 #: A dimension of a tensor: a fixed size or the name of a symbol.
 Dim = int | str
@@ -135,6 +139,12 @@ class Manifest:
             if spec.name == name:
                 return spec
         raise KeyError(f"no specialization {name!r}; this package has {[s.name for s in self.specializations]}")
+
+    def steps(self, kind: str) -> tuple[Specialization, ...]:
+        """Specializations of a kind: the one called so, or ``<kind>_0``, ``<kind>_1``, …; KeyError without any."""
+        numbered = re.compile(rf"{re.escape(kind)}(_\d+)?")
+        found = tuple(spec for spec in self.specializations if numbered.fullmatch(spec.name))
+        return found or (self.specialization(kind),)
 
     def replace(self, **changes: Any) -> Manifest:
         return dataclasses.replace(self, **changes)

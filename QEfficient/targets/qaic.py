@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from QEfficient.errors import OptionError, QEfficientError, TargetUnavailableError
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets import cloud_graph, cloud_options, cloud_shapes
-from QEfficient.targets.base import Availability, CompileRequest
+from QEfficient.targets.base import Availability, CardSettings, CompileRequest
 from QEfficient.targets.cloud_graph import ONNX_FILE, write_graph
 from QEfficient.targets.cloud_memory import estimate
 from QEfficient.targets.cloud_shapes import file_symbols
@@ -31,7 +31,9 @@ from QEfficient.targets.qaic_files import (
 )
 from QEfficient.targets.qaic_partition import contract_json, node_stages, pipeline, tensor_slices
 from QEfficient.targets.qaic_precision import NODE_PRECISION, node_precision, node_precision_text
-from QEfficient.targets.qaic_sdk import CURRENT, HOW_TO_GET, LEGACY, PROFILES, ROOT, Profile, find_sdk, runtime_missing
+from QEfficient.targets.qaic_sdk import CURRENT, HOW_TO_GET, LEGACY, PROFILES, ROOT, Profile, find_sdk
+from QEfficient.targets.qaic_session import QaicSession, open_session
+from QEfficient.targets.qaic_vendor import runtime_missing
 from QEfficient.targets.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ OWN_PARTITION = "mdp_load_partition_config.json"
 class QaicTarget:
     """Writes a graph and the compiler's other input into a package and, where the Apps SDK is, compiles it.
 
-    Without the SDK only a dry run is possible: the same files, no binary, marked as a dry run in the manifest. This
-    version has no runtime for the card, so no package of this target can be loaded yet.
+    Without the SDK only a dry run is possible: the same files, no binary, marked as a dry run in the manifest. Loading
+    needs the Platform SDK and a card.
 
     Args:
         root: where the SDK is installed.
@@ -68,22 +70,20 @@ class QaicTarget:
             )
         self._sdk = find_sdk(root)
         self._root, self._profile, self._fp16, self._custom_io = root, profile, fp16, custom_io
+        #: A compiler found on the PATH says where its SDK is; the runtime is part of the same one.
+        self._runtime = root if self._sdk is None or (root / "dev").is_dir() else self._sdk.root
 
     def check(self) -> Availability:
-        to_run = runtime_missing(self._root)
-        if self._sdk is None:
+        lacking = runtime_missing(self._runtime)
+        to_run = () if lacking is None else (lacking,)
+        if self._sdk is None or self._sdk.too_old:
             detail = "no qaic-compile or qaic-exec here: only dry runs"
-            return Availability(
-                self.name, can_compile=False, can_run=False, detail=detail, missing=(HOW_TO_GET, to_run)
-            )
-        version = self._sdk.version or "of unknown version"
-        if self._sdk.too_old:
-            detail = f"{self._sdk.compiler} {version} is older than what this version writes for"
-            return Availability(
-                self.name, can_compile=False, can_run=False, detail=detail, missing=(HOW_TO_GET, to_run)
-            )
-        detail = f"{self._sdk.compiler} {version} compiles; running on the card is not in this version"
-        return Availability(self.name, can_compile=True, can_run=False, detail=detail, missing=(to_run,))
+            if self._sdk is not None:
+                version = self._sdk.version or "of unknown version"
+                detail = f"{self._sdk.compiler} {version} is older than what this version writes for"
+            return Availability(self.name, False, not to_run, detail, (HOW_TO_GET, *to_run))
+        detail = f"{self._sdk.compiler} {self._sdk.version or 'of unknown version'} compiles"
+        return Availability(self.name, True, not to_run, detail, to_run)
 
     def toolchain(self) -> dict[str, str]:
         if self._sdk is None:
@@ -141,10 +141,16 @@ class QaicTarget:
         return manifest.replace(program=BINARY, runtime=runtime, stand_in=is_stand_in(place / BINARY))
 
     def load(
-        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
-    ) -> NoReturn:
-        """Raises TargetUnavailableError, always: this version has no runtime for the card."""
-        refuse_to_load(directory, manifest)
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+        card: CardSettings | None = None,
+    ) -> QaicSession:
+        """Opens a package on the card with the Platform SDK's runtime; see `qaic_session.open_session`."""
+        return open_session(directory, manifest, self._runtime, card or CardSettings())
 
     def _chosen_profile(self, options: CompileOptions, training: bool) -> Profile:
         chosen = options.sdk_profile or self._profile
@@ -189,24 +195,6 @@ class QaicTarget:
         known += [name for state in manifest.states for name in (state.input, state.output)]
         known += [name for spec in manifest.parameters for name in (spec.name, spec.name + RETAINED)]
         return read_custom_io(self._custom_io, known)
-
-
-def refuse_to_load(directory: Path, manifest: Manifest) -> NoReturn:
-    """Raises TargetUnavailableError with what a Cloud AI package is: a dry run, a stand-in's, or one for the card."""
-    if manifest.runtime.get("dry_run"):
-        raise TargetUnavailableError(
-            f"{directory} is a dry run, nothing in it was compiled: install the Cloud AI SDK and compile without "
-            "dry_run, or compile for the host."
-        )
-    if manifest.stand_in:
-        raise TargetUnavailableError(
-            f"{directory} was made by a stand-in of the Cloud AI toolchain and holds no program: compile it with the "
-            "Apps SDK, or compile for the host."
-        )
-    raise TargetUnavailableError(
-        f"{directory} is for Cloud AI 100, and this version cannot use its Platform SDK's runtime yet: run it with "
-        "the SDK's qaic-runner, or compile for the host."
-    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -54,6 +54,11 @@ class Sdk:
     version: str | None
 
     @property
+    def root(self) -> Path:
+        """Where the SDK is installed: its compilers are in ``exec``."""
+        return self.compiler.parent.parent
+
+    @property
     def profile(self) -> Profile:
         if self.compiler.name == LEGACY.executable:
             return LEGACY
@@ -92,12 +97,3 @@ def _release(version: str | None) -> tuple[int, int] | None:
     """``"1.20.0.100"`` -> (1, 20)."""
     parts = (version or "").split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else None
-
-
-def runtime_missing(root: Path = ROOT) -> str:
-    """One sentence: what of the Platform SDK, which running needs, is here and what is not."""
-    wanted = {"qaicrt": root / "dev" / "lib", "QAicApi_pb2": root / "dev" / "python", "qaic-util": root / "tools"}
-    lacking = [name for name, place in wanted.items() if not place.is_dir()]
-    if lacking:
-        return f"to run: the Cloud AI Platform SDK and a card ({', '.join(lacking)} not found under {root})"
-    return "to run: the Platform SDK is here, and this version has no session for it yet"

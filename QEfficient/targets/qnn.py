@@ -9,13 +9,13 @@ from typing import NoReturn
 
 from QEfficient.errors import OptionError, QEfficientError, TargetUnavailableError
 from QEfficient.targets import cloud_graph, cloud_options, cloud_shapes, qnn_files
-from QEfficient.targets.base import Availability, CompileRequest
+from QEfficient.targets.base import Availability, CardSettings, CompileRequest
 from QEfficient.targets.cloud_graph import ONNX_FILE, write_graph
 from QEfficient.targets.cloud_memory import estimate
 from QEfficient.targets.cloud_tool import run_tool
 from QEfficient.targets.manifest import Manifest, Specialization
 from QEfficient.targets.options import CompileOptions
-from QEfficient.targets.qaic import BINARY, COMMAND_JSON, COMMAND_TEXT, OWN_PARTITION, refuse_to_load
+from QEfficient.targets.qaic import BINARY, COMMAND_JSON, COMMAND_TEXT, OWN_PARTITION
 from QEfficient.targets.qaic_binary import is_stand_in
 from QEfficient.targets.qaic_command import BINARY_DIR
 from QEfficient.targets.qaic_partition import contract_json, tensor_slices
@@ -120,10 +120,20 @@ class QnnTarget:
         return manifest.replace(program=BINARY, runtime=runtime, stand_in=is_stand_in(place / BINARY))
 
     def load(
-        self, directory: Path, manifest: Manifest, *, threads: int | None = None, tuning: Tuning | None = None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+        card: CardSettings | None = None,
     ) -> NoReturn:
-        """Raises TargetUnavailableError, always: this version has no runtime for the card."""
-        refuse_to_load(directory, manifest)
+        """Raises TargetUnavailableError, always: how such a program names its inputs is not public."""
+        kind = "is a dry run" if manifest.runtime.get("dry_run") else "was made by the QNN tools"
+        raise TargetUnavailableError(
+            f"{directory} {kind}, and this version loads no program of theirs: compile it with target='qaic' or for "
+            "the host."
+        )
 
     @staticmethod
     def _partition(options: CompileOptions, place: Path) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -17,20 +16,8 @@ import QEfficient
 from QEfficient.errors import QEfficientError, TargetUnavailableError
 from QEfficient.store.digest import file_digest
 from QEfficient.targets.manifest import Manifest
-from QEfficient.targets.qaic_sdk import find_sdk
 
 LENGTHS = {"prefill_seq_len": 8, "ctx_len": 32}
-
-
-@pytest.fixture
-def sdk(tmp_path, monkeypatch):
-    """The stand-in as the first compiler on the PATH, where the vendor's own installation rule finds it."""
-    place = install.install_qaic(tmp_path / "sdk")
-    monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
-    found = find_sdk()
-    if found is None or found.compiler.parent != place:
-        pytest.skip("a Cloud AI SDK is installed here")
-    return tmp_path / "sdk"
 
 
 @pytest.fixture

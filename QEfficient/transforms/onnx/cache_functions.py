@@ -113,8 +113,9 @@ CtxGatherCB (data, batch_index, ctx_indices, comp_ctx_len) => (result) {
 class CacheFunctions(OnnxTransform):
     """Writes keys and values with ``CtxScatter`` and reads them with ``CtxGather`` (``…CB`` with ``batch_index``).
 
-    The functions' bodies are in the graph. A value at a slot above its row's largest position reads as 0, so that
-    device memory nobody wrote cannot reach a result. State that is written in another way keeps its operators.
+    The functions' bodies are in the graph. A value at a slot above its row's largest position reads as 0, and so does a
+    key unless a mask selects its score, so that device memory nobody wrote cannot reach a result. State that is written
+    in another way keeps its operators.
 
     Parameters:
         comp_ctx: add the input ``comp_ctx_lengths`` int64 [L], of which only the length counts: L slots are read
@@ -167,8 +168,13 @@ class _Write:
     readers: tuple[ir.Value, ...]
 
     @property
-    def holds_values(self) -> bool:
-        return "value" in str(self.node.outputs[0].name)
+    def read_as_zero(self) -> bool:
+        """Whether slots nobody wrote must read as 0: values are multiplied by a weight of 0, and NaN times 0 is NaN.
+
+        Keys need it too unless their scores are selected, as those of an ``Attention`` with a bool mask are.
+        """
+        users = [use.node for value in self.readers for use in value.uses()]
+        return "value" in str(self.node.outputs[0].name) or not all(map(_selects_scores, users))
 
 
 def _find_write(model: ir.Model, node: ir.Node) -> _Write | str:
@@ -223,6 +229,11 @@ def _find_write(model: ir.Model, node: ir.Node) -> _Write | str:
         else:
             return "it is read other than by the rows of the batch"
     return _Write(node, slots, rows, tuple(readers))
+
+
+def _selects_scores(node: ir.Node) -> bool:
+    mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+    return mask is not None and mask.dtype == ir.DataType.BOOL
 
 
 def _before_expansion(value: ir.Value | None) -> ir.Value:
@@ -287,7 +298,7 @@ def _rewrite(graph: ir.Graph, make: Maker, write: _Write, reads: _Reads) -> None
     name = str(old.name)
     new = make.op(f"CtxScatter{end}", data, *rows, write.slots, updates, like=old, domain=DOMAIN)
     read = make.op(f"CtxGather{end}", new, *rows, reads.slots, reads.count, domain=DOMAIN)
-    if write.holds_values:
+    if write.read_as_zero:
         read = make.op("Where", reads.invalid, make.constant(0, old.dtype or ir.DataType.FLOAT), read)
     _shape_of_read(read, old, reads)
     graph.insert_before(node, make.take())

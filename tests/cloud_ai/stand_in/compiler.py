@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stand_in import files, flags
+from stand_in import container, files, flags
 from stand_in.errors import Refused, need
 from stand_in.graph import Graph
-
-MARK = b"QEFFICIENT-STAND-IN"
 
 
 def compile(executable: str, argv: Sequence[str], directory: Path, version: tuple[int, int]) -> Path:
@@ -43,19 +40,18 @@ def compile(executable: str, argv: Sequence[str], directory: Path, version: tupl
         entries = [{name: int(size) for name, size in symbols.items()}]
     need(bool(graph.states) == ("-retained-state" in given), "-retained-state does not fit the network's states")
     listed = value("-custom-IO-list-file")
-    if listed:
-        files.custom_io(directory / listed, graph)
+    precision = files.custom_io(directory / listed, graph) if listed else {}
+    devices = 1
     if value("-mdp-load-partition-config"):
-        files.partition(directory / str(value("-mdp-load-partition-config")), graph, cores)
+        devices = files.partition(directory / str(value("-mdp-load-partition-config")), graph, cores)
     if value("-node-precision-info"):
         files.node_precision(directory / str(value("-node-precision-info")), graph)
-    for sizes in entries:
-        graph.run(sizes)
     place = directory / str(value("-aic-binary-dir"))
     need(not place.exists(), f"{place} already exists")
+    made = container.describe(graph, entries, precision, devices, place)
     place.mkdir(parents=True)
     binary = place / "programqpc.bin"
-    binary.write_bytes(MARK + b"\n" + json.dumps({"specializations": entries}).encode())
+    container.write(made, binary)
     return binary
 
 

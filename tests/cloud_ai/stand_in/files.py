@@ -81,8 +81,8 @@ def specializations(path: Path, graph: Graph, *, knows_names: bool) -> list[dict
     return entries
 
 
-def custom_io(path: Path, graph: Graph) -> None:
-    """Names are the graph's, each once; a state travels as its output does; whole numbers stay whole."""
+def custom_io(path: Path, graph: Graph) -> dict[str, str]:
+    """Name -> precision: names are the graph's, each once; a state travels as its output does; whole stays whole."""
     body = parsed_yaml(path)
     need(isinstance(body, list) and body, f"{path.name}: not a list of entries")
     precision: dict[str, str] = {}
@@ -96,10 +96,11 @@ def custom_io(path: Path, graph: Graph) -> None:
         precision[name] = kind
     for source, result in graph.states.items():
         need(precision.get(source) == precision.get(result), f"{path.name}: {source} and {result} differ in precision")
+    return precision
 
 
-def partition(path: Path, graph: Graph, cores: int) -> None:
-    """Devices and links exist, cores fit, every node is named once and after those it needs."""
+def partition(path: Path, graph: Graph, cores: int) -> int:
+    """The number of devices: they and links exist, cores fit, every node is named once and after those it needs."""
     body = keys(parsed_json(path), {"connections", "partitions"}, where=path.name)
     need(isinstance(body["connections"], list), f"{path.name}: connections must be an array")
     need(isinstance(body["partitions"], list) and body["partitions"], f"{path.name}: partitions must be an array")
@@ -127,6 +128,7 @@ def partition(path: Path, graph: Graph, cores: int) -> None:
         need(set(link["devices"]) <= set(ids), f"{path.name}: a link to an unknown device")
     if len(body["partitions"]) > 1:
         graph.check_pipeline(placed)
+    return len(ids)
 
 
 def node_precision(path: Path, graph: Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def _script(path: Path, body: str) -> None:
     place = str(Path(__file__).parent.parent)
     path.write_text(_SCRIPT.format(python=sys.executable, place=place, body=body))
     path.chmod(0o755)
+
+
+def install_runtime(root: Path, *, devices: int = 4) -> Path:
+    """A Platform SDK: the two Python modules and ``qaic-util``, which lists so many devices as ready."""
+    place = str(Path(__file__).parent.parent)
+    for name, directory, module in (
+        ("qaicrt", root / "dev" / "lib" / platform.machine(), "runtime"),
+        ("QAicApi_pb2", root / "dev" / "python", "messages"),
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
+        words = f"import sys\n\nsys.path.insert(0, {place!r})\nfrom stand_in.{module} import *  # noqa: F403\n"
+        (directory / f"{name}.py").write_text(f'"""A stand-in: runs no card."""\n{words}')
+    listing = "".join(f"QID {number}\n\tStatus:Ready\n" for number in range(devices))
+    _script(root / "tools" / "qaic-util", f"print({listing!r}, end='')")
+    return root

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stand_in import files
-from stand_in.compiler import MARK
+from stand_in.container import MARK
 from stand_in.errors import Refused, need
 from stand_in.graph import Graph
 
