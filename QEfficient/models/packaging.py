@@ -122,7 +122,7 @@ def _check_kind(options: CompileOptions, task: str) -> None:
             raise OptionError("seq_len is for encoders: a causal model takes prefill_seq_len and ctx_len.")
         return
     if options.simulate is not None and options.mxint8_kv_cache:
-        raise OptionError("mxint8_kv_cache is about keys and values that are kept, and an encoder keeps none: leave it out.")
+        raise OptionError("mxint8_kv_cache is about a KV state, and an encoder keeps none: leave it out.")
     for field in ("ctx_len", "prefill_seq_len", "full_batch_size", "kv_cache_batch_size"):
         if getattr(options, field) is not None:
             raise OptionError(f"{field} is for causal models: an encoder takes seq_len and batch_size.")

@@ -48,7 +48,8 @@ def product_weights(graph: ir.Graph) -> list[ProductWeight]:
         if node.op_type not in ("MatMul", "Gemm") or node.domain != "":
             continue
         operand = node.inputs[1]
-        axis = -1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else -2
+        turned = bool(node.attributes.get_int("transB", 0))  # MatMul has no such attribute
+        axis = -1 if turned else -2
         if operand is None:
             continue
         if (operand, axis) not in found:
