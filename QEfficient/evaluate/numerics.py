@@ -16,10 +16,10 @@ from QEfficient.engine.encoder import CompiledEncoder
 from QEfficient.engine.package import LoadedPackage
 from QEfficient.engine.text import CompiledCausalLM
 from QEfficient.errors import InputError, OptionError
+from QEfficient.evaluate.hot_spots import examine
 from QEfficient.evaluate.inputs import check_tokens, one_of, refuse_long, token_rows
 from QEfficient.evaluate.numerics_report import FormatResult, NumericsReport
 from QEfficient.evaluate.perplexity import perplexity
-from QEfficient.evaluate.ranges import overflows
 from QEfficient.evaluate.steps import SessionSteps, forced, greedy
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.manifest import Manifest
@@ -84,15 +84,16 @@ def preview(
         package = _package(model, sizes)
         assert model.onnx_path is not None
         sample = _Causal(package, given, text, tokens) if causal else _Encoder(package, given)
-        found = overflows(model.onnx_path, package, sample.rows)
+        overflows, losses = examine(model.onnx_path, package, sample.rows)
         reference = sample.vectors(package)
         for name, options in wanted.items():
             if options:
                 package = _package(model, {**sizes, **options, "node_precision_info": node_precision_info})
             vectors = sample.vectors(package) if options else reference
             results.append(_compared(name, reference, vectors, sample.perplexity(package), sample.chooses))
-            losses = _losses(package)  # the last set of formats has MXFP6
-    return NumericsReport(model.model_name, model.task, sample.compared, tuple(results), losses, tuple(found))
+    return NumericsReport(
+        model.model_name, model.task, sample.compared, tuple(results), tuple(losses), tuple(overflows)
+    )
 
 
 @contextmanager
@@ -176,13 +177,6 @@ def _compared(
     if measured is not None and not math.isfinite(measured):
         measured = None
     return FormatResult(name, measured, mean, least, equal, len(a) if chooses else 0)
-
-
-def _losses(package: LoadedPackage) -> dict[str, float]:
-    """Relative errors that `MXFP6Weights` noted in the manifest, largest first."""
-    facts = {record["name"]: record["facts"] for record in package.manifest.transforms}
-    errors = facts.get("MXFP6Weights", {}).get("relative_error", {})
-    return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
 def bundled_text(rows: int = _ROWS) -> str:

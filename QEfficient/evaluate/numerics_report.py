@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from QEfficient.evaluate.ranges import Overflow
+from QEfficient.evaluate.hot_spots import Overflow, WeightLoss
 from QEfficient.evaluate.report import as_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class NumericsReport:
     Attributes:
         compared: what the rows compare, in words.
         formats: fp32 first.
-        losses: weight -> relative error of storing it in MXFP6, largest first.
+        losses: weights by what MXFP6 costs their products, largest first.
         overflows: tensors that float16 cannot hold.
     """
 
@@ -51,7 +51,7 @@ class NumericsReport:
     task: str
     compared: str
     formats: tuple[FormatResult, ...]
-    losses: dict[str, float]
+    losses: tuple[WeightLoss, ...]
     overflows: tuple[Overflow, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -73,8 +73,8 @@ class NumericsReport:
 
     def notes(self) -> list[str]:
         """Sentences about weights and overflows, below the table."""
-        worst = list(self.losses.items())[:_SHOWN]
-        lines = [f"MXFP6 loses most in {', '.join(f'{n} ({e:.2%})' for n, e in worst)}."] if worst else []
+        worst = ", ".join(f"{loss.name} ({loss.output:.2%})" for loss in self.losses[:_SHOWN])
+        lines = [f"MXFP6 changes most what comes out of {worst}."] if worst else []
         for kind, happens in (("weight", "clipped to 65504"), ("activation", "infinite in float16")):
             found = [o for o in self.overflows if o.kind == kind]
             if found:

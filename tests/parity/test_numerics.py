@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mx_definition import by_definition
 from tiny_models import sample_prompt, save_tiny, tiny_causal_lm, tiny_classifier, tiny_tokenizer
 
 from QEfficient import QEFFAutoModelForCausalLM, QEFFAutoModelForSequenceClassification
@@ -68,9 +69,7 @@ def test_the_report_prints_and_saves(previewed: tuple[Any, NumericsReport]) -> N
     _, report = previewed
     printed = str(report)
     assert all(name in printed for name in FORMATS)
-    worst, most = next(iter(report.losses.items()))
-    assert f"{worst} ({most:.2%})" in printed
-    assert list(report.losses.values()) == sorted(report.losses.values(), reverse=True)
+    assert f"{report.losses[0].name} ({report.losses[0].output:.2%})" in printed.replace("\n", " ")
     assert len(report.losses) == 8  # seven matrices of a layer and the head
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["formats"][0]["formats"] == "fp32"
     assert not report.overflows
@@ -115,6 +114,37 @@ def test_overflows_are_named_with_their_size() -> None:
     assert report.formats[1].cosine is None
     assert "not finite" in str(report)
     assert "clipped to 65504: the weights model.layers.0.mlp.up_proj.weight" in str(report).replace("\n", " ")
+
+
+def test_losses_are_those_of_the_products_on_this_input() -> None:
+    """Every linear layer on what Hugging Face gives it, with and without MXFP6 in its weight."""
+    torch_model = tiny_causal_lm("qwen3", num_hidden_layers=1)
+    prompts = [sample_prompt(9), sample_prompt(9, 1)]
+    model = QEFFAutoModelForCausalLM(torch_model)
+    model.compile(ctx_len=32, prefill_seq_len=8)
+    losses = model.validate({"input_ids": prompts}, simulate="qaic", tokens=1).losses
+    sums: dict[str, np.ndarray] = {}
+
+    def watch(name: str, module: torch.nn.Linear) -> None:
+        kept = np.array([by_definition(row, "e2m3") for row in module.weight.detach().numpy()])
+
+        def hook(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            last = slice(-1, None) if name == "lm_head" else slice(None)  # the graph makes the last token's logits only
+            exact = output[:, last].double().numpy()
+            error = inputs[0][:, last].double().numpy() @ kept.T - exact
+            sums[name] = sums.get(name, 0) + np.array([(error**2).sum(), (exact**2).sum()])
+
+        module.register_forward_hook(hook)
+
+    for name, module in torch_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            watch(name, module)
+    with torch.no_grad():
+        for prompt in prompts:
+            torch_model(input_ids=torch.tensor([prompt]))
+    expected = {f"{name}.weight": float(np.sqrt(error / size)) for name, (error, size) in sums.items()}
+    assert {loss.name: loss.output for loss in losses} == pytest.approx(expected, rel=2e-3)
+    assert [loss.name for loss in losses] == sorted(expected, key=lambda name: -expected[name])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,27 @@ class MXFP6Weights(OnnxTransform):
     def apply(self, model: ir.Model, workspace: Path) -> TransformResult:
         """Raises TransformError for a weight that holds infinities or NaN."""
         graph = model.graph
+        make = Maker(graph, "mxfp6")
+        stored, errors = self.store(graph, workspace)
+        for weight, part in stored.values():
+            value = make.op("Cast", part, to=(weight.value.dtype or ir.DataType.FLOAT).value, like=weight.value)
+            graph.insert_before(weight.nodes[0], make.take())
+            for node in weight.nodes:
+                node.replace_input_with(1, value)
+        passes.RemoveUnusedNodesPass()(model)
+        return TransformResult(bool(stored), {"weights": len(stored), "relative_error": errors})
+
+    def store(
+        self, graph: ir.Graph, workspace: Path
+    ) -> tuple[dict[str, tuple[ProductWeight, ir.Value]], dict[str, float]]:
+        """Adds what MXFP6 keeps of each weight as an initializer; nothing reads it yet.
+
+        Returns:
+            Name -> the weight and its float16 replacement, and name -> relative error.
+
+        Raises:
+            TransformError: a weight holds infinities or NaN.
+        """
         names: dict[str, ProductWeight] = {}
         for weight in product_weights(graph):
             name, number = str(weight.source.name), 1
@@ -59,16 +80,8 @@ class MXFP6Weights(OnnxTransform):
         errors: dict[str, float] = {}
         described = {f"{n}.mxfp6": (ir.DataType.FLOAT16, w.array().shape) for n, w in names.items()}
         stored = stream_tensors(described, self._contents(names, errors), workspace / "mxfp6.safetensors")
-        make = Maker(graph, "mxfp6")
-        for name, weight in names.items():
-            (part,) = register(graph, stored, [f"{name}.mxfp6"])
-            value = make.op("Cast", part, to=(weight.value.dtype or ir.DataType.FLOAT).value, like=weight.value)
-            first, *others = weight.nodes
-            graph.insert_before(first, make.take())
-            for node in (first, *others):
-                node.replace_input_with(1, value)
-        passes.RemoveUnusedNodesPass()(model)
-        return TransformResult(bool(names), {"weights": len(names), "relative_error": errors})
+        parts = register(graph, stored, list(described))
+        return {name: (weight, part) for (name, weight), part in zip(names.items(), parts, strict=True)}, errors
 
     def _contents(self, names: dict[str, ProductWeight], errors: dict[str, float]) -> Iterator[memoryview]:
         kind = ELEMENTS[self.element]
