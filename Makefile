@@ -50,6 +50,10 @@ bench-finetune: $(STAMP)  ## Measure step time and memory of fine-tuning against
 bench: $(STAMP)  ## Measure speed, memory and quality beside the peers that are installed (alone; ARGS="--quick" for little)
 	$(BIN)/python benchmarks/performance.py $(ARGS)
 
+.PHONY: bench-numerics
+bench-numerics: $(STAMP)  ## Measure on the host what a card's number formats cost (about 3 minutes), write docs/cloud_ai_numerics.md
+	$(BIN)/python benchmarks/numerics.py --output docs/cloud_ai_numerics.md
+
 # The files pin every package, so pip has nothing to resolve; see benchmarks/peers/README.md.
 PEERS := benchmarks/peers/.venvs
 .PHONY: bench-peers

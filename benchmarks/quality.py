@@ -67,14 +67,15 @@ def windows(file: Path | None, count: int) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
-    ids = tokenizer.encode(_text(file or SAMPLES)).ids
+    ids = tokenizer.encode(text_of(file or SAMPLES)).ids
     found = [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - WINDOW, WINDOW)]
     if len(found) < count:
         raise ValueError(f"{file or SAMPLES} has text for {len(found)} windows of {WINDOW} tokens, {count} are needed")
     return found[:count]
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """Plain text as it is; of a ``.jsonl`` questions and answers in the form the demo model was trained on."""
     raw = file.read_text(encoding="utf-8")
     if file.suffix != ".jsonl":
         return raw

@@ -12,6 +12,7 @@ from QEfficient.cli.cloud_flags import CloudFlags, cloud_values
 from QEfficient.errors import OptionError
 from QEfficient.targets.options import CompileOptions
 
+_SIMULATED = "Cloud AI, and the host with --simulate qaic"
 _SHAPES, _ENCODER, _TARGET = "Shapes", "Encoder shapes", "Target"
 
 
@@ -19,8 +20,8 @@ def _size(help_text: str, panel: str = _SHAPES) -> Any:
     return typer.Option(metavar="N", min=1, help=help_text, rich_help_panel=panel, show_default=False)
 
 
-def _switch(flag: str, help_text: str) -> Any:
-    return typer.Option(flag, help=f"{help_text} (Cloud AI only)", rich_help_panel=_TARGET)
+def _switch(flag: str, help_text: str, where: str = "Cloud AI only") -> Any:
+    return typer.Option(flag, help=f"{help_text} ({where})", rich_help_panel=_TARGET)
 
 
 # Defaults are those of CompileOptions, which alone decides what they mean (a test compares them).
@@ -84,6 +85,15 @@ class TargetFlags:
             rich_help_panel=_TARGET,
         ),
     ] = True
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compute in the number formats of a card: qaic. (host only)",
+            rich_help_panel=_TARGET,
+            show_default=False,
+        ),
+    ] = None
     num_cores: Annotated[int | None, _size("Cores of the accelerator. (Cloud AI only)", _TARGET)] = None
     num_devices: Annotated[int | None, _size("Accelerators to spread the model over. (Cloud AI only)", _TARGET)] = None
     device_group: Annotated[
@@ -95,8 +105,8 @@ class TargetFlags:
             show_default=False,
         ),
     ] = None
-    mxfp6_matmul: Annotated[bool, _switch("--mxfp6-matmul", "Weights of matrix products as MXFP6.")] = False
-    mxint8_kv_cache: Annotated[bool, _switch("--mxint8-kv-cache", "KV cache as MXINT8.")] = False
+    mxfp6_matmul: Annotated[bool, _switch("--mxfp6-matmul", "Weights of matrix products as MXFP6.", _SIMULATED)] = False
+    mxint8_kv_cache: Annotated[bool, _switch("--mxint8-kv-cache", "KV cache as MXINT8.", _SIMULATED)] = False
     mos: Annotated[
         int | None,
         typer.Option(

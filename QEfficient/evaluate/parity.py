@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from QEfficient.engine.arrays import integer_matrix, mask_matrix
 from QEfficient.engine.package import LoadedPackage
-from QEfficient.errors import InputError
+from QEfficient.evaluate.inputs import check_tokens, one_of, refuse_long, token_rows
 from QEfficient.evaluate.report import ParityReport, StageResult, compare
-from QEfficient.evaluate.steps import OnnxSteps, SessionSteps, StepRunner, TorchSteps, plain_session
+from QEfficient.evaluate.steps import (
+    OnnxSteps,
+    SessionSteps,
+    StepRunner,
+    TorchSteps,
+    encoder_feeds,
+    forced,
+    plain_session,
+)
 from QEfficient.exporter.interface import Interface
 
 if TYPE_CHECKING:
@@ -19,12 +26,6 @@ if TYPE_CHECKING:
 
 #: Largest difference, relative to the largest reference value, that counts as equal in float32.
 TOLERANCE = 1e-4
-#: What is compared when the caller brings no input.
-DEFAULT_TEXTS = (
-    "Natalia sold clips to 48 of her friends.",
-    "How many apples are left?",
-    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?",
-)
 
 
 def validate(
@@ -53,13 +54,10 @@ def validate(
     Raises:
         InputError: unusable input.
     """
-    given = [value for value in (inputs, prompts, texts) if value is not None]
-    if len(given) > 1:
-        raise InputError("pass one of inputs, prompts and texts.")
-    if tokens < 1:
-        raise InputError(f"tokens must be at least 1, got {tokens}.")
+    given = one_of(inputs, prompts, texts)
+    check_tokens(tokens)
     package = model._ready()
-    rows = _rows(given[0] if given else None, package)
+    rows = token_rows(given, package)
     if model.onnx_path is None or not model.onnx_path.is_file():
         model.export()
     if model.task == "text-generation":
@@ -69,32 +67,11 @@ def validate(
     return ParityReport(model.model_name, model.task, compared, tolerance, tuple(stages))
 
 
-def _rows(given: Any, package: LoadedPackage) -> list[np.ndarray]:
-    """Token ids of each row, without padding."""
-    if given is None:
-        if (package.directory / "tokenizer.json").is_file():
-            given = DEFAULT_TEXTS
-        else:
-            random = np.random.default_rng(0)
-            vocabulary = package.manifest.model.get("vocab_size") or 100
-            return [random.integers(4, max(vocabulary, 6), n) for n in (9, 5, 17)]
-    if isinstance(given, Mapping):
-        if "input_ids" not in given:
-            raise InputError("input_ids is missing: pass the tokenizer's output.")
-        ids = integer_matrix("input_ids", given["input_ids"])
-        mask = mask_matrix(given.get("attention_mask"), ids.shape)
-        return [row[keep] for row, keep in zip(ids, mask, strict=True)]
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise InputError("texts must be a non-empty list of non-empty strings.")
-    return [np.asarray(package.tokenizer.encode(text), np.int64) for text in texts]
-
-
 def _causal(
     model: QEFFTransformersBase, package: LoadedPackage, rows: list[np.ndarray], tokens: int, tolerance: float
 ) -> tuple[list[StageResult], str]:
     capacity = package.ctx_len  # type: ignore[attr-defined]
-    _refuse_long(rows, capacity, "ctx_len")
+    refuse_long(rows, capacity, "ctx_len")
     counts = [min(tokens, capacity - len(row) + 1) for row in rows]
     references = [_hf_greedy(model, row, count) for row, count in zip(rows, counts, strict=True)]
     interface = Interface.load(model.onnx_path.parent)  # type: ignore[union-attr]
@@ -107,20 +84,13 @@ def _causal(
     for name, runner in runners:
         found, equal = [], 0
         for row, (chosen, logits) in zip(rows, references, strict=True):
-            steps = _forced(runner, row, chosen, capacity)
+            steps = forced(runner, row, chosen, capacity)
             found.append(steps)
             equal += int((steps.argmax(-1) == chosen).sum()) + _excused(steps, logits, chosen, tolerance)
         reference = np.concatenate([logits for _, logits in references])
         stages.append(compare(name, reference, np.concatenate(found), tolerance, (equal, sum(counts))))
     short = f" (not {tokens} each: the context ends)" if min(counts) < tokens else ""
     return stages, f"logits of {sum(counts)} greedy steps over {len(rows)} prompts{short}"
-
-
-def _refuse_long(rows: list[np.ndarray], limit: int | None, option: str) -> None:
-    """Proof about half a text is no proof: InputError instead of a silent cut."""
-    longest = max(len(row) for row in rows)
-    if limit is not None and longest > limit:
-        raise InputError(f"a text of {longest} tokens does not fit {option}={limit}: shorten it or compile with more.")
 
 
 def _excused(steps: np.ndarray, reference: np.ndarray, chosen: np.ndarray, tolerance: float) -> int:
@@ -174,23 +144,13 @@ def _refeed(model: QEFFTransformersBase, row: np.ndarray, logits: np.ndarray) ->
     return np.stack(out)
 
 
-def _forced(runner: StepRunner, row: np.ndarray, chosen: np.ndarray, capacity: int) -> np.ndarray:
-    """Feeds the prompt, then the reference's tokens; float32 [tokens, vocab]."""
-    runner.begin(capacity)
-    positions = np.arange(len(row), dtype=np.int64)[None]
-    out = [runner.step(row[None].astype(np.int64), positions)]
-    for i, token in enumerate(chosen[:-1].tolist()):
-        out.append(runner.step(np.array([[token]], np.int64), np.array([[len(row) + i]], np.int64)))
-    return np.stack(out)
-
-
 def _encoder(
     model: QEFFTransformersBase, package: LoadedPackage, rows: list[np.ndarray], tolerance: float
 ) -> tuple[list[StageResult], str]:
     import torch
 
     limit = package.max_length  # type: ignore[attr-defined]
-    _refuse_long(rows, limit, "seq_len")
+    refuse_long(rows, limit, "seq_len")
     width = max(len(row) for row in rows)
     ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
@@ -205,9 +165,7 @@ def _encoder(
     expected = np.concatenate([part.reshape(-1) for part in reference])
     torch_out = model.transformed()(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
     session = plain_session(model.onnx_path)  # type: ignore[arg-type]
-    feeds = {"input_ids": ids, "attention_mask": mask}
-    if any(value.name == "token_type_ids" for value in session.get_inputs()):
-        feeds["token_type_ids"] = np.zeros_like(ids)
+    feeds = encoder_feeds(session, ids, mask)
     name = package.manifest.outputs[0].name
     found = [
         ("transformed torch", torch_out),

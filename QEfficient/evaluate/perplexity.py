@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,8 @@ def perplexity(package: CompiledCausalLM, text: str) -> Perplexity:
             logits = steps.step(window[None, known:end], positions)
             nats -= float(log_softmax(logits)[window[end]])
             known, count = end, count + 1
-    return Perplexity(math.exp(nats / count), count)
+    mean = nats / count
+    return Perplexity(math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf, count)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

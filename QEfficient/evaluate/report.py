@@ -67,13 +67,18 @@ class ParityReport:
         return table
 
     def __str__(self) -> str:
-        from io import StringIO
+        return as_text(self.table())
 
-        from rich.console import Console
 
-        text = StringIO()
-        Console(file=text, width=100).print(self.table())
-        return text.getvalue().rstrip()
+def as_text(printed: Any) -> str:
+    """What rich prints of a table, as plain text."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=100).print(printed)
+    return text.getvalue().rstrip()
 
 
 def compare(

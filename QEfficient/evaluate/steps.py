@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -59,13 +59,17 @@ class OnnxSteps:
         }
 
     def step(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        names = [s.output for s in self.interface.states]
+        logits, *state = self.session.run(["logits", *names], self.feeds(ids, positions))
+        self.state = {s.input: array for s, array in zip(self.interface.states, state, strict=True)}
+        return np.asarray(logits)[0, -1]
+
+    def feeds(self, ids: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """What the graph reads in the next step."""
         feeds = {"input_ids": ids, "position_ids": positions, **self.state, **self.parameters}
         if any(spec.name == "batch_index" for spec in self.interface.inputs):
             feeds["batch_index"] = np.zeros((1, 1), np.int64)
-        names = [s.output for s in self.interface.states]
-        logits, *state = self.session.run(["logits", *names], feeds)
-        self.state = {s.input: array for s, array in zip(self.interface.states, state, strict=True)}
-        return np.asarray(logits)[0, -1]
+        return feeds
 
 
 class SessionSteps:
@@ -97,6 +101,34 @@ class SessionSteps:
                 feeds["batch_index"] = np.zeros((1, 1), np.int64)
             logits = self.session.run(feeds, PREFILL if ids.shape[1] > 1 else DECODE)["logits"][0, -1].copy()
         return logits
+
+
+def forced(runner: StepRunner, row: np.ndarray, chosen: np.ndarray, capacity: int) -> np.ndarray:
+    """Feeds a prompt int64 [length], then tokens chosen elsewhere; float32 [tokens, vocab]."""
+    runner.begin(capacity)
+    positions = np.arange(len(row), dtype=np.int64)[None]
+    out = [runner.step(row[None].astype(np.int64), positions)]
+    for i, token in enumerate(chosen[:-1].tolist()):
+        out.append(runner.step(np.array([[token]], np.int64), np.array([[len(row) + i]], np.int64)))
+    return np.stack(out)
+
+
+def greedy(runner: StepRunner, row: np.ndarray, count: int, capacity: int) -> np.ndarray:
+    """The ``count`` tokens the runner itself puts after a prompt, int64 [count]."""
+    runner.begin(capacity)
+    chosen = [int(runner.step(row[None], np.arange(len(row), dtype=np.int64)[None]).argmax())]
+    for i in range(count - 1):
+        logits = runner.step(np.array([[chosen[-1]]], np.int64), np.array([[len(row) + i]], np.int64))
+        chosen.append(int(logits.argmax()))
+    return np.array(chosen, np.int64)
+
+
+def encoder_feeds(session: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs of an encoder's graph, int64 [batch, seq] each."""
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    if any(value.name == "token_type_ids" for value in session.get_inputs()):
+        feeds["token_type_ids"] = np.zeros_like(ids)
+    return feeds
 
 
 def plain_session(onnx_path: Path):  # type: ignore[no-untyped-def] # onnxruntime ships no types

@@ -8,7 +8,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 from QEfficient.errors import ModelLoadError, OptionError, PackageError, TargetUnavailableError
 from QEfficient.exporter.interface import Interface
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from QEfficient.engine.package import LoadedPackage
+    from QEfficient.evaluate.numerics_report import NumericsReport
     from QEfficient.evaluate.parity import ParityReport
     from QEfficient.transforms.onnx.base import OnnxTransform
     from QEfficient.transforms.onnx.queue import TransformLike
@@ -298,8 +299,22 @@ class QEFFTransformersBase(QEFFBaseModel):
     def transformed(self) -> TransformedModel:
         """The torch module that is exported, runnable in eager mode; shares its weights with `model`."""
 
-    def validate(self, *args: Any, **kwargs: Any) -> ParityReport:
-        """Compares Hugging Face, transformed torch, ONNX and package; see `QEfficient.evaluate.parity.validate`."""
+    @overload
+    def validate(self, *args: Any, simulate: None = None, **kwargs: Any) -> ParityReport: ...
+
+    @overload
+    def validate(self, *args: Any, simulate: str, **kwargs: Any) -> NumericsReport: ...
+
+    def validate(self, *args: Any, simulate: str | None = None, **kwargs: Any) -> ParityReport | NumericsReport:
+        """Compares Hugging Face, transformed torch, ONNX and package; see `QEfficient.evaluate.parity.validate`.
+
+        With ``simulate="qaic"`` it measures instead what the card's number formats cost: see
+        `QEfficient.evaluate.numerics.preview`.
+        """
+        if simulate is not None:
+            from QEfficient.evaluate.numerics import preview
+
+            return preview(self, *args, simulate=simulate, **kwargs)
         from QEfficient.evaluate.parity import validate
 
         return validate(self, *args, **kwargs)

@@ -56,7 +56,8 @@ def compile_export(
     options = target.normalise(complete(asked, interface))
     ignored = options.cloud_only_set()
     if target.name == "host" and ignored:
-        logger.warning("recorded, but without effect on the host target: %s", ", ".join(ignored))
+        hint = "" if options.simulate is not None else " (simulate='qaic' computes with some of them)"
+        logger.warning("recorded, but without effect on the host target: %s%s", ", ".join(ignored), hint)
     # What the target adds to the queue follows from its options and the code, which are in the key.
     key = keys.package_key(export_key, [t.identity() for t in queue], options.identity(), target.toolchain())
     found = store.get(PACKAGES, key)
@@ -120,6 +121,8 @@ def _check_kind(options: CompileOptions, task: str) -> None:
         if options.seq_len is not None:
             raise OptionError("seq_len is for encoders: a causal model takes prefill_seq_len and ctx_len.")
         return
+    if options.simulate is not None and options.mxint8_kv_cache:
+        raise OptionError("mxint8_kv_cache is about a KV state, and an encoder keeps none: leave it out.")
     for field in ("ctx_len", "prefill_seq_len", "full_batch_size", "kv_cache_batch_size"):
         if getattr(options, field) is not None:
             raise OptionError(f"{field} is for causal models: an encoder takes seq_len and batch_size.")

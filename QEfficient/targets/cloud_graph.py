@@ -56,13 +56,7 @@ def write_graph(request: CompileRequest) -> tuple[ir.Model, Manifest]:
     from QEfficient.targets.program_files import place_weights
 
     model = load_model(request.onnx_path)
-    node = data_dependent(model) if request.manifest.task != "training" else None
-    if node is not None:
-        raise UnsupportedModelError(
-            f"{request.manifest.model.get('name')} has shapes that depend on data ({node.op_type}, node {node.name}), "
-            "as experts that take the rows routed to them have, and Cloud AI takes exact shapes only: compile it for "
-            "the host."
-        )
+    refuse_dependent(model, request.manifest)
     manifest = _described(model, request.manifest)
     place_weights([model], request)
     inputs = {value.name: value for value in model.graph.inputs}
@@ -74,6 +68,17 @@ def write_graph(request: CompileRequest) -> tuple[ir.Model, Manifest]:
     save_model(model, request.directory / ONNX_FILE)
     check_program(request.directory / ONNX_FILE)
     return model, manifest
+
+
+def refuse_dependent(model: ir.Model, manifest: Manifest) -> None:
+    """UnsupportedModelError when a graph for inference has shapes that depend on data: the card has exact ones only."""
+    node = data_dependent(model) if manifest.task != "training" else None
+    if node is not None:
+        raise UnsupportedModelError(
+            f"{manifest.model.get('name')} has shapes that depend on data ({node.op_type}, node {node.name}), "
+            "as experts that take the rows routed to them have, and Cloud AI takes exact shapes only: compile it for "
+            "the host."
+        )
 
 
 def _described(model: ir.Model, manifest: Manifest) -> Manifest:

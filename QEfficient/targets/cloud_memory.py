@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 #: Bytes per element: a block of 32 shares a scale of 8 bits (OCP MX 1.0), MXFP6 has 6 bits, MXINT8 8.
 FP16, FP32, MXFP6, MXINT8 = 2.0, 4.0, 6.25 / 8, 8.25 / 8
-#: Operators that hand a constant on to a product as the same constant.
-_HANDS_ON = ("Cast", "Transpose", "Reshape", "Identity", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,12 @@ def estimate(model: ir.Model, manifest: Manifest, *, fp16: bool) -> DeviceMemory
     Weights take 2 bytes an element (4 when computed in float32), constant operands of products 6.25 bits with
     ``mxfp6_matmul``; keys and values take 2 bytes or 8.25 bits with ``mxint8_kv_cache``, in as many rows as are kept.
     """
+    from QEfficient.transforms.onnx.product_weights import product_weights
+
     options = manifest.options
     devices = int(options.get("num_devices") or 1)
     plain = FP16 if fp16 else FP32
-    compressed = _product_weights(model) if options.get("mxfp6_matmul") else set()
+    compressed = {w.source for w in product_weights(model.graph)} if options.get("mxfp6_matmul") else set()
     weights = 0.0
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -56,17 +56,3 @@ def estimate(model: ir.Model, manifest: Manifest, *, fp16: bool) -> DeviceMemory
     for parameter in manifest.parameters:
         state += math.prod(d if isinstance(d, int) else sizes.get(d, 1) for d in parameter.shape) * plain
     return DeviceMemory(math.ceil(weights / devices), math.ceil(state / devices), devices)
-
-
-def _product_weights(model: ir.Model) -> set[ir.Value]:
-    """Initializers that reach the second operand of a MatMul (or Gemm) as constants."""
-    found = set()
-    for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm") or node.domain != "":
-            continue
-        value = node.inputs[1]
-        while value is not None and (maker := value.producer()) is not None and maker.op_type in _HANDS_ON:
-            value = maker.inputs[0]
-        if value is not None and value.is_initializer() and not value.is_graph_input():
-            found.add(value)
-    return found

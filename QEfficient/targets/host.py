@@ -11,6 +11,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from QEfficient.errors import OptionError, PackageError
+from QEfficient.targets import cloud_graph, simulation
 from QEfficient.targets.base import Availability, CardSettings, CompileRequest
 from QEfficient.targets.host_session import HostSession
 from QEfficient.targets.manifest import DimRange, Manifest, Specialization
@@ -62,7 +63,9 @@ class HostTarget:
         return {"onnxruntime": ort.__version__}
 
     def transforms(self, task: str, options: CompileOptions) -> tuple[str, ...]:
-        """Larger operators that compute the same, then the precision of weights that was asked for."""
+        """Larger operators that compute the same, then the precision of weights that was asked for; or a simulation."""
+        if options.simulate is not None:
+            return simulation.transforms(options, task)
         if task == "training":
             return ()
         wanted = ["FuseNorms", "FuseSiLU"] if options.fuse else []
@@ -84,6 +87,8 @@ class HostTarget:
         if options.dry_run:
             raise OptionError("the host target needs no SDK and compiles here: leave out dry_run.")
         options = options.replace(target=self.name, prepack=options.prepack and options.weights != "fp32")
+        if options.simulate is not None:
+            options = simulation.normalise(options)
         if options.weights in ("int4", "mixed"):
             options = options.replace(group_size=options.group_size or DEFAULT_GROUP)
         if options.ctx_len is None:
@@ -138,6 +143,8 @@ class HostTarget:
                 specializations = _two_programs(specializations)
         else:
             programs[PROGRAM_FILE] = load_model(request.onnx_path)
+            if options.simulate is not None:
+                cloud_graph.refuse_dependent(programs[PROGRAM_FILE], manifest)
         # Weights of prompts are read as they lie in the file (PREFILL_RUNTIME).
         first, *others = programs.values()
         with tempfile.TemporaryDirectory(dir=request.directory) as scratch:

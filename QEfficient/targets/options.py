@@ -9,7 +9,7 @@ from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
-from QEfficient.targets.given_file import GIVEN_FILES, read_given
+from QEfficient.targets.given_file import GIVEN_FILES, NORMS, read_given
 from QEfficient.targets.qaic_flags import FLAGS, check_flag, in_table_order
 
 #: Options that shape only a Cloud AI binary. Other targets record them and say so once.
@@ -23,7 +23,10 @@ _SPARSE_CLOUD = (
     "aic_hw_version", "sdk_profile", "mdp_num_partitions", "mdp_load_partition_config", "mdp_dump_partition_config",
     "node_precision_info", "use_onnx_subfunctions", "qnn_config", "compiler_flags", "compile_timeout",
 )  # fmt: skip
-_SPARSE = ("dry_run", *_SPARSE_CLOUD)
+_SPARSE = ("dry_run", "simulate", *_SPARSE_CLOUD)
+#: What the host can compute as a card would, and which of a card's options have an effect then.
+SIMULATED = ("qaic",)
+_EFFECT_IN_SIMULATION = ("mxfp6_matmul", "mxint8_kv_cache", "node_precision_info")
 #: One number means a list of one.
 _LISTS = ("seq_len", "device_group", "num_speculative_tokens", "comp_ctx_lengths_prefill", "comp_ctx_lengths_decode")
 
@@ -48,6 +51,7 @@ ALIASES = {
     "quantization": "weights",
     "bits": "weights",
     "block_size": "group_size",
+    "simulation": "simulate",
 }
 
 
@@ -74,8 +78,11 @@ class CompileOptions:
         fuse: let the host replace parts of the graph by larger operators; False runs the exported graph as it is.
         prepack: keep quantized matrices also in the layout the host's kernels read: the package is larger by about its
             quantized matrices, opens sooner, and processes that run it share their memory.
+        simulate: ``qaic`` lets the host compute with the card's graph and number formats, to see what they cost before
+            there is a card: float16, with ``mxfp6_matmul`` MXFP6 weights, with ``mxint8_kv_cache`` MXINT8 keys and
+            values. Host only, and slower than a package for the host.
         num_cores, num_devices, device_group, mxfp6_matmul, mxint8_kv_cache, mos, aic_enable_depth_first,
-            allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host.
+            allow_mxint8_mdp_io: Cloud AI 100 only; recorded, but without effect on the host unless it simulates.
         prefill_only: True compiles the prompt's sizes alone, False those of decoding alone, None both. Cloud AI only,
             as is everything up to ``compile_timeout``.
         num_speculative_tokens: tokens a draft proposes per step (one number, or a list with a size set each): the graph
@@ -109,6 +116,7 @@ class CompileOptions:
     group_size: int | None = None
     fuse: bool = True
     prepack: bool = True
+    simulate: str | None = None
     num_cores: int | None = None
     num_devices: int | None = None
     device_group: tuple[int, ...] | None = None
@@ -168,6 +176,7 @@ class CompileOptions:
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
                 raise OptionError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}.")
         self._check_weights()
+        self._check_simulation()
         if not isinstance(self.target, str):
             raise OptionError(f"target must be a name such as 'host', got {self.target!r}.")
         if self.mos is not None and (isinstance(self.mos, bool) or not isinstance(self.mos, int)):
@@ -237,6 +246,27 @@ class CompileOptions:
             if self.weights not in ("int4", "mixed"):
                 raise OptionError(f"group_size goes with weights='int4' or 'mixed', not {self.weights!r}.")
 
+    def _check_simulation(self) -> None:
+        if self.simulate is None:
+            return
+        if self.simulate not in SIMULATED:
+            hint = did_you_mean(self.simulate, SIMULATED) if isinstance(self.simulate, str) else ""
+            raise OptionError(f"simulate must be {' or '.join(map(repr, SIMULATED))}, got {self.simulate!r}.{hint}")
+        if self.target != "host":
+            raise OptionError(
+                f"simulate={self.simulate!r} lets the host compute as the card would: pass target='host' with it, or "
+                f"leave it out to compile for {self.target}."
+            )
+        if self.weights != "fp32":
+            raise OptionError(
+                f"simulate={self.simulate!r} and weights={self.weights!r} exclude each other: on the card weights are "
+                "float16 or, with mxfp6_matmul=True, MXFP6."
+            )
+        if self.node_precision_info is not None and self.node_precision_info != NORMS:
+            raise OptionError(
+                f"simulate={self.simulate!r} knows node_precision_info={NORMS!r} only: leave the file out."
+            )
+
     def replace(self, **changes: Any) -> CompileOptions:
         return dataclasses.replace(self, **changes)
 
@@ -254,9 +284,10 @@ class CompileOptions:
         return {name: value for name, value in self.to_json().items() if name != "compile_timeout"}
 
     def cloud_only_set(self) -> list[str]:
-        """Names of the options set here that only a Cloud AI target acts on."""
+        """Names of the options set here that only a Cloud AI target acts on, and the host in simulation does not."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [name for name in (*CLOUD_ONLY, *_SPARSE_CLOUD) if getattr(self, name) != defaults[name]]
+        names = [name for name in (*CLOUD_ONLY, *_SPARSE_CLOUD) if getattr(self, name) != defaults[name]]
+        return [name for name in names if self.simulate is None or name not in _EFFECT_IN_SIMULATION]
 
 
 def _take_enable_qnn(kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
@@ -22,9 +22,11 @@ def node_precision(asked: Mapping[str, Sequence[str]] | str, model: ir.Model) ->
     Raises:
         OptionError: a name is that of no node, or ``"norms"`` was asked for and the graph has no normalisation.
     """
+    from QEfficient.transforms.onnx.normalisations import normalisation_nodes
+
     firsts = [str(node.outputs[0].name) for node in model.graph if node.outputs]
     if asked == NORMS:
-        names = _normalisations(model)
+        names = [str(node.outputs[0].name) for node in normalisation_nodes(model.graph)]
         if not names:
             raise OptionError("node_precision_info='norms': this graph has no normalisation, leave it out.")
         return {_FP32: names}
@@ -43,26 +45,3 @@ def node_precision(asked: Mapping[str, Sequence[str]] | str, model: ir.Model) ->
 def node_precision_text(lists: Mapping[str, Sequence[str]]) -> str:
     """``KEY: [name, name]``, a line for each key."""
     return "".join(f"{key}: [{', '.join(names)}]\n" for key, names in lists.items())
-
-
-def _normalisations(model: ir.Model) -> list[str]:
-    """Square, mean, epsilon, root: the chain whose squares leave the range of float16 first."""
-    names: list[str] = []
-    for node in model.graph:
-        if node.op_type in ("LayerNormalization", "InstanceNormalization"):
-            names.append(str(node.outputs[0].name))
-        if node.op_type != "ReduceMean":
-            continue
-        chain: list[Any] = [node]
-        before = node.inputs[0].producer() if node.inputs[0] is not None else None
-        squares = before is not None and (
-            before.op_type == "Pow" or (before.op_type == "Mul" and before.inputs[0] is before.inputs[1])
-        )
-        if not squares:
-            continue
-        chain = [before, node]
-        for wanted in ("Add", "Sqrt", "Reciprocal"):
-            following = [use.node for use in chain[-1].outputs[0].uses() if use.node.op_type == wanted]
-            chain += following[:1]
-        names += [str(part.outputs[0].name) for part in chain]
-    return names

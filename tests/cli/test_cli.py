@@ -292,6 +292,22 @@ def test_validate_says_equal(causal):
     assert [stage["stage"] for stage in body["stages"]] == ["transformed torch", "ONNX", "package"]
 
 
+def test_validate_measures_a_cards_formats(causal, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("How many apples are left? " * 3)
+    start = ("validate", causal.path, *SHAPES, "--cache-dir", causal.cache)
+    flags = ("--simulate", "qaic", "--prompt", PROMPTS[0], "--tokens", 3, "--measure", text)
+    body = json.loads(run(*start, *flags, "--json").stdout)
+    assert [row["formats"] for row in body["formats"]][:3] == ["fp32", "fp16", "mxfp6"]
+    assert all(row["choices"] == 3 and row["perplexity"] > 1 for row in body["formats"])
+    refused(run(*start, "--measure", text), "--measure goes with --simulate qaic")
+    refused(run(*start, "--simulate", "qaic", "--tolerance", 1), "--tolerance")
+    made = run("compile", *start[1:], "--simulate", "qaic", "--mxfp6-matmul", "--mxint8-kv-cache")
+    options = json.loads((Path(made.stdout.strip()) / "manifest.json").read_text())["options"]
+    assert (options["simulate"], options["mxfp6_matmul"], options["mxint8_kv_cache"]) == ("qaic", True, True)
+    assert "without effect" not in made.stderr
+
+
 def test_validate_exits_with_1_when_they_part(encoder):
     flags = ("--pooling", "mean", "--text", PROMPTS[0], "--tolerance", 0, "--cache-dir", encoder.cache)
     result = run("validate", encoder.path, *flags)

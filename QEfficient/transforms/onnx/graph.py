@@ -12,6 +12,8 @@ from QEfficient.errors import TransformError
 
 #: Outputs of a training step with this prefix are gradients; all others belong to the forward pass.
 GRADIENT = "grad/"
+#: An output with this suffix is the next step's value of the input it is named after.
+RETAINED = "_RetainedState"
 
 
 def values_read(node: ir.Node) -> Iterator[ir.Value]:

@@ -28,12 +28,15 @@ from QEfficient.transforms.onnx.keep_logits import KeepLogits
 from QEfficient.transforms.onnx.lora_adapters import LoraAdapters
 from QEfficient.transforms.onnx.lower_opset import LowerOpset
 from QEfficient.transforms.onnx.merge_products import MergeProducts
+from QEfficient.transforms.onnx.mxfp6_weights import MXFP6Weights
+from QEfficient.transforms.onnx.mxint8_state import MXINT8State
 from QEfficient.transforms.onnx.name_layers import NameLayers
 from QEfficient.transforms.onnx.no_bfloat16 import NoBfloat16
 from QEfficient.transforms.onnx.quantize_base import QuantizeBase
 from QEfficient.transforms.onnx.quantize_weights import QuantizeWeights
 from QEfficient.transforms.onnx.recompute import Recompute
 from QEfficient.transforms.onnx.rotary_tables import RotaryTables
+from QEfficient.transforms.onnx.round_to_float16 import RoundToFloat16
 from QEfficient.transforms.onnx.row_scaled import RowScaledProducts
 from QEfficient.transforms.onnx.schedule import Schedule
 from QEfficient.transforms.onnx.split_weights import SplitWeights
@@ -57,12 +60,15 @@ _BUILT_IN: tuple[type[OnnxTransform], ...] = (
     LoraAdapters,
     LowerOpset,
     MergeProducts,
+    MXFP6Weights,
+    MXINT8State,
     NameLayers,
     NoBfloat16,
     QuantizeBase,
     QuantizeWeights,
     Recompute,
     RotaryTables,
+    RoundToFloat16,
     RowScaledProducts,
     Schedule,
     SplitWeights,
