@@ -116,13 +116,12 @@ def test_overflows_are_named_with_their_size() -> None:
     assert "clipped to 65504: the weights model.layers.0.mlp.up_proj.weight" in str(report).replace("\n", " ")
 
 
-def test_losses_are_those_of_the_products_on_this_input() -> None:
+def test_losses_are_those_of_the_products_on_this_input(previewed: tuple[Any, NumericsReport]) -> None:
     """Every linear layer on what Hugging Face gives it, with and without MXFP6 in its weight."""
-    torch_model = tiny_causal_lm("qwen3", num_hidden_layers=1)
-    prompts = [sample_prompt(9), sample_prompt(9, 1)]
-    model = QEFFAutoModelForCausalLM(torch_model)
-    model.compile(ctx_len=32, prefill_seq_len=8)
-    losses = model.validate({"input_ids": prompts}, simulate="qaic", tokens=1).losses
+    model, report = previewed
+    losses, torch_model = report.losses, tiny_causal_lm("qwen3", num_hidden_layers=1)
+    with open_package(model.qpc_path) as package:
+        prompts = [package.tokenizer.encode(text) for text in (TEXT[:20], TEXT[20:50])]
     sums: dict[str, np.ndarray] = {}
 
     def watch(name: str, module: torch.nn.Linear) -> None:
