@@ -24,7 +24,7 @@ def transforms(options: CompileOptions, task: str, *, fp16: bool = True) -> tupl
     A training step needs operators the compiler has, and constants that fit 16 bits.
     """
     if task == "training":
-        return ("FixTrainingOps:profile=qaic", "FP16Clip")
+        return ("FixTrainingOps:profile=qaic", f"LowerOpset:opset={OPSET}", "FP16Clip")
     queue: list[str] = []
     if task == "text-generation":
         queue.append(f"RotaryTables:ctx_len={options.ctx_len}")

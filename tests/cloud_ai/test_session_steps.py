@@ -19,6 +19,7 @@ from QEfficient.store.store import ArtifactStore
 from QEfficient.targets.manifest import Manifest
 from QEfficient.targets.options import CompileOptions
 from QEfficient.targets.qaic import QaicTarget
+from QEfficient.targets.registry import get_target
 from QEfficient.transforms.onnx.queue import resolve
 
 LENGTHS = {"prefill_seq_len": 8, "ctx_len": 64}
@@ -225,9 +226,9 @@ def test_a_training_step_through_the_loader(card, tmp_path):
     step = export_step(tuned, ArtifactStore(tmp_path / "home"))[1]
     store, options = ArtifactStore(tmp_path / "home"), CompileOptions(batch_size=2, seq_len=(8,))
     host = compile_export(store, step, "step", options, [], silent)
-    # The compiler takes opset 17, which the card's own queue of a training step does not write.
-    queue = resolve(["FixTrainingOps:profile=qaic", "LowerOpset:opset=17", "FP16Clip"])
-    package = compile_export(store, step, "step", options.replace(target="qaic"), queue, silent)
+    asked = options.replace(target="qaic")
+    queue = resolve(get_target("qaic").transforms("training", asked))
+    package = compile_export(store, step, "step", asked, queue, silent)
     loader = QAICLoader(package, device_ids=[1])
     loader.load_model()
     batch = {"input_ids": np.array([PROMPTS[1], PROMPTS[1][::-1]])}

@@ -518,8 +518,10 @@ def test_profile_by_hand(dry, step, tmp_path):
 def test_target_lists_what_a_training_graph_needs():
     assert [t.name for t in resolve(get_target("qaic").transforms("training", CompileOptions()))] == [
         "FixTrainingOps",
+        "LowerOpset",
         "FP16Clip",
     ]
-    assert get_target("qaic").transforms("training", CompileOptions()) == ("FixTrainingOps:profile=qaic", "FP16Clip")
+    queue = ("FixTrainingOps:profile=qaic", "LowerOpset:opset=17", "FP16Clip")
+    assert get_target("qaic").transforms("training", CompileOptions()) == queue
     assert "LowerOpset:opset=17" in get_target("qaic").transforms("text-generation", CompileOptions(ctx_len=8))
     assert get_target("host").transforms("training", CompileOptions()) == ()
