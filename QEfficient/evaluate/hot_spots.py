@@ -13,7 +13,7 @@ import numpy as np
 from QEfficient.evaluate.steps import OnnxSteps, encoder_feeds, plain_session
 from QEfficient.exporter.interface import Interface
 from QEfficient.models.packaging import Workshop
-from QEfficient.onnx_io import load_model
+from QEfficient.onnx_io import file_tensors, load_model
 from QEfficient.progress import silent
 from QEfficient.targets import cloud_graph
 from QEfficient.targets.options import CompileOptions
@@ -111,7 +111,7 @@ def _run(
 
 
 def _peaks(onnx_path: Path, clipped: Sequence[str]) -> list[tuple[str, float]]:
-    """Largest magnitudes of those of the clipped constants that are weights of the export."""
-    stored = load_model(onnx_path).graph.initializers
-    tensors = {name: stored[name].const_value for name in clipped if name in stored}
-    return [(name, float(np.abs(t.numpy().astype(np.float32)).max())) for name, t in tensors.items() if t is not None]
+    """Largest magnitudes of the weights among clipped constants: a mask of -3.4e38 is meant to be clipped."""
+    weights = file_tensors(load_model(onnx_path))
+    found = [(name, weights[name].numpy()) for name in clipped if name in weights]
+    return [(name, float(np.abs(array.astype(np.float32)).max())) for name, array in found]

@@ -78,7 +78,6 @@ def preview(
     causal = model.task == "text-generation"
     if text is not None and not causal:
         raise InputError("text is for perplexity, which only causal models have: leave it out.")
-    wanted = {name: options for name, options in FORMATS.items() if causal or "mxint8_kv_cache" not in options}
     results: list[FormatResult] = []
     with _sizes_of(model) as sizes:
         package = _package(model, sizes)
@@ -86,7 +85,10 @@ def preview(
         sample = _Causal(package, given, text, tokens) if causal else _Encoder(package, given)
         overflows, losses = examine(model.onnx_path, package, sample.rows)
         reference = sample.vectors(package)
-        for name, options in wanted.items():
+        keeps = any(state.kind == "kv" for state in package.manifest.states)
+        for name, options in FORMATS.items():
+            if "mxint8_kv_cache" in options and not keeps:
+                continue
             if options:
                 package = _package(model, {**sizes, **options, "node_precision_info": node_precision_info})
             vectors = sample.vectors(package) if options else reference
