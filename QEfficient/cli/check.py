@@ -9,21 +9,14 @@ from typing import Annotated
 import typer
 
 from QEfficient.cli.cloud_flags import CloudFlags
-from QEfficient.cli.common import CacheDir, Pooling, Task, TrustRemoteCode
+from QEfficient.cli.common import CacheDir, ModelOrGraph, Pooling, Task, TrustRemoteCode
 from QEfficient.cli.compile import compiled
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
 from QEfficient.errors import OptionError, TransformError, UnsupportedModelError
 
 
 def check(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_ONNX",
-            help="A checkpoint directory, a hub id such as org/name, or the model.onnx that export printed.",
-            show_default=False,
-        ),
-    ],
+    model: ModelOrGraph,
     shapes: ShapeFlags,
     encoder: EncoderFlags,
     target: TargetFlags,

@@ -24,6 +24,14 @@ Checkpoint = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id such as org/name.", show_default=False),
 ]
+ModelOrGraph = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_ONNX",
+        help="A checkpoint directory, a hub id such as org/name, or the model.onnx that export printed.",
+        show_default=False,
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from QEfficient.cli.cache import human_size
 from QEfficient.cli.cloud_flags import CloudFlags
-from QEfficient.cli.common import CacheDir, OutputDir, Pooling, Task, Transforms, TrustRemoteCode
+from QEfficient.cli.common import CacheDir, ModelOrGraph, OutputDir, Pooling, Task, Transforms, TrustRemoteCode
 from QEfficient.cli.compile_flags import EncoderFlags, ShapeFlags, TargetFlags, asked
 from QEfficient.cli.opening import is_package
 from QEfficient.errors import OptionError
@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 
 
 def compile(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_ONNX",
-            help="A checkpoint directory, a hub id such as org/name, or the model.onnx that export printed.",
-            show_default=False,
-        ),
-    ],
+    model: ModelOrGraph,
     shapes: ShapeFlags,
     encoder: EncoderFlags,
     target: TargetFlags,
