@@ -145,6 +145,40 @@ def test_weights_stored_in_bfloat16(tmp_path):
     assert worst(run(model, inputs, basic=True), run(plain, inputs, basic=True)) < 1e-5
 
 
+@pytest.mark.parametrize("stored", [ir.DataType.BFLOAT16, ir.DataType.FLOAT16])
+def test_rows_of_a_table_of_16_bits_are_not_rounded_to_16_bits(stored, tmp_path):
+    """One reader computes in float32, as models do, and one in the table's own precision."""
+    table = np.random.default_rng(0).normal(size=(64, 24)).astype(stored.numpy())
+    weight = ir.Value(
+        name="embed.weight", shape=ir.Shape(table.shape), type=ir.TensorType(stored),
+        const_value=ir.tensor(table, name="embed.weight"),
+    )  # fmt: skip
+    ids = ir.Value(name="ids", shape=ir.Shape([5]), type=ir.TensorType(ir.DataType.INT64))
+    rows = ir.node("Gather", [weight, ids])
+    rows.outputs[0].dtype, rows.outputs[0].shape = stored, ir.Shape([5, 24])
+    wide = ir.node("Cast", [rows.outputs[0]], {"to": 1})
+    own = ir.node("Identity", [rows.outputs[0]])
+    back = ir.node("Cast", [own.outputs[0]], {"to": 1})
+    for node, dtype in ((wide, ir.DataType.FLOAT), (own, stored), (back, ir.DataType.FLOAT)):
+        node.outputs[0].dtype, node.outputs[0].shape = dtype, ir.Shape([5, 24])
+    doubled = ir.node("Add", [wide.outputs[0], wide.outputs[0]])
+    for node, name in ((doubled, "doubled"), (back, "own")):
+        node.outputs[0].name = name
+        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([5, 24])
+    graph = ir.Graph(
+        [ids], [doubled.outputs[0], back.outputs[0]], nodes=[rows, wide, own, back, doubled], initializers=[weight],
+        opset_imports={"": 23}, name="table",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    assert QuantizeBase(4).apply(model, tmp_path).facts["tables"] == 1
+    at = np.array([3, 0, 63, 3, 17])
+    found = run(model, {"ids": at}, tmp_path / "run.onnx")
+    kept = arrays(model)
+    exact = kept["embed.weight.quantized"][at].astype(np.float32) * kept["embed.weight.scale"][at, None]
+    np.testing.assert_array_equal(found["doubled"], exact + exact)
+    np.testing.assert_array_equal(found["own"], exact.astype(stored.numpy()).astype(np.float32))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_onnx_runtime_does_not_undo_it(captured, bits, tmp_path):
     model = captured("llama")

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_rotary import FLOAT, Writer, like
 
@@ -77,15 +77,20 @@ class Product:
         return ((values - zero) * scale[..., None].astype(np.float64)).reshape(len(data), -1)[:, :inputs].T
 
     def assert_close(self, x: np.ndarray) -> None:
-        """Each row by itself: a small one beside a large one is no worse for it."""
+        """Each row by itself: a small one beside a large one is no worse for it.
+
+        An error is measured by the size that a row of products has on average, ||x|| ||W|| / sqrt(inputs), and not by
+        the one it happens to have: terms that cancel leave their rounding errors behind.
+        """
         found = self(x)
         assert len(found) == len(self.weights)
         for n, y in enumerate(found):
-            expected = x.astype(np.float64) @ self.dequantized(n)
+            weights = self.dequantized(n)
+            expected = x.astype(np.float64) @ weights
             assert y.shape == expected.shape
             assert np.isfinite(y).all()
             errors = np.linalg.norm(y - expected, axis=-1)
-            sizes = np.linalg.norm(expected, axis=-1)
+            sizes = np.linalg.norm(x.astype(np.float64), axis=-1) * np.linalg.norm(weights) / len(weights) ** 0.5
             assert (errors <= ERROR * sizes).all(), (errors / np.maximum(sizes, 1e-300)).max()
 
 
@@ -229,6 +234,9 @@ def test_rows_do_not_see_each_other(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
+@example(
+    rows=2, inputs=69, outputs=88, seed=5885, quantize=QuantizeWeights(8, 32), exponents=[0] * 6, zero=None, rank=2
+)
 @given(
     rows=st.integers(1, 6), inputs=st.integers(64, 150), outputs=st.integers(64, 90), seed=st.integers(0, 2**16),
     quantize=st.sampled_from(FORMATS), exponents=st.lists(st.integers(-8, 8), min_size=6, max_size=6),

@@ -216,7 +216,12 @@ class _Matrix:
             scales = make.op("Unsqueeze", make.op("Gather", parts[1], node.inputs[1]), make.constant([-1]))
             value = make.op("Mul", rows, scales)
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), old.shape
-            value = _in_dtype(make, value, old.dtype)
+            readers = [use.node for use in old.uses()]
+            casts = [n for n in readers if n.op_type == "Cast" and n.outputs[0].dtype == ir.DataType.FLOAT]
+            for cast in casts:  # rounding the products to the table's 16 bits would be a second loss
+                cast.outputs[0].replace_all_uses_with(value)
+            if len(casts) < len(readers):
+                value = _in_dtype(make, value, old.dtype)
             graph.insert_before(node, make.take())
             old.replace_all_uses_with(value)
 
