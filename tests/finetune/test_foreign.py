@@ -30,7 +30,19 @@ INFO = {
     },
     "plain": {"file_name": "plain.json", "columns": {"prompt": "task", "response": "answer"}},
     "hub": {"hf_hub_url": "some/talks", "subset": "en", "split": "small"},
-    "pairs": {"file_name": "pairs.json", "ranking": True},
+    "pairs": {
+        "file_name": "pairs.json",
+        "ranking": True,
+        "columns": {"prompt": "task", "chosen": "good", "rejected": "bad"},
+    },
+    "paired_talks": {
+        "file_name": "pairs.json",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "chat", "chosen": "good", "rejected": "bad"},
+    },
+    "judged": {"file_name": "judged.json", "columns": {"kto_tag": "fine"}},
+    "judged_talks": {"file_name": "judged.json", "formatting": "sharegpt", "columns": {"kto_tag": "fine"}},
 }
 
 
@@ -223,7 +235,11 @@ def test_unknown_keys_name_the_nearest(tool, key, near):
 @pytest.mark.parametrize(
     ("tool", "more", "said"),
     [
-        ("axolotl", {"rl": "dpo"}, "rl is not available: only supervised"),
+        ("axolotl", {"rl": "grpo"}, "rl='grpo' of axolotl is not available; these are: dpo, kto, orpo"),
+        ("axolotl", {"rl": "dpo"}, "type='completion' .* cannot be read for dpo"),
+        ("axolotl", {"rl": "dpo", "reward_model": True}, "contradict each other"),
+        ("axolotl", {"rl": "kto", "datasets": [{"path": "a", "type": "chatml.icr"}]}, "cannot be read for kto"),
+        ("axolotl", {"dpo_label_smoothing": 0.1}, "each method has the loss of its paper"),
         ("axolotl", {"adapter": "lora"}, "add lora_target_linear: true"),
         ("axolotl", {"load_in_4bit": True}, "needs an adapter"),
         ("axolotl", {"learning_rate": None}, "has no learning_rate: add it"),
@@ -236,7 +252,12 @@ def test_unknown_keys_name_the_nearest(tool, key, near):
         ("axolotl", {"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["boss"]}}]}, "'boss'"),
         ("axolotl", {"datasets": [{"path": "a", "type": "chat_template", "train_on_eos": "all"}]}, "train_on_eos"),
         ("axolotl", {"excess_length_strategy": "cut"}, "must be one of 'drop', 'truncate', 'raise'"),
-        ("llamafactory", {"stage": "dpo"}, "stage='dpo' of LLaMA-Factory is not available"),
+        ("llamafactory", {"stage": "ppo"}, "stage='ppo' of LLaMA-Factory is not available; these are: kto, rm"),
+        ("llamafactory", {"stage": "dpo", "pref_loss": "ipo"}, "pref_loss='ipo' .* these are: orpo, sigmoid"),
+        ("llamafactory", {"stage": "dpo", "pref_ftx": 0.1}, "each method has the loss of its paper"),
+        ("llamafactory", {"add_tokens": "<a>,<b>"}, "add resize_vocab: true"),
+        ("llamafactory", {"dataset": "a,b", "mix_strategy": "interleave_over", "interleave_probs": "1"}, "2 numbers"),
+        ("llamafactory", {"streaming": True, "val_size": 0.1}, "val_size of a stream must be"),
         ("llamafactory", {"finetuning_type": "freeze"}, "must be lora or full"),
         ("llamafactory", {"quantization_bit": 3}, "must be 4 or 8 bits"),
         ("llamafactory", {"pissa_init": True}, "pissa_init is not available"),
@@ -282,7 +303,76 @@ def test_data_sets_of_llamafactory(folder, name, expected):
     assert expected.items() <= translate(TOOLS["llamafactory"], least).options.items()
 
 
-@pytest.mark.parametrize(("name", "said"), [("damo", "no data set 'damo'. Did you mean 'demo'"), ("pairs", "ranked")])
+@pytest.mark.parametrize(
+    ("stage", "name", "columns"),
+    [
+        ("dpo", "pairs", {"instruction": "task", "chosen": "good", "rejected": "bad"}),
+        ("rm", "paired_talks", {"conversations": "chat", "chosen": "good", "rejected": "bad"}),
+        ("kto", "judged", {"completion": "output", "label": "fine"}),
+        ("kto", "judged_talks", {"kto_tag": "fine"}),
+    ],
+)
+def test_judged_answers_of_llamafactory(folder, stage, name, columns):
+    least = {"model_name_or_path": "m", "dataset": name, "dataset_dir": str(folder / "data"), "stage": stage}
+    found = translate(TOOLS["llamafactory"], least).options
+    assert found["method"] == {"rm": "reward"}.get(stage, stage)
+    assert found["dataset_format"] == ("unpaired_preference" if stage == "kto" else "preference")
+    assert found["columns"] == columns
+    split_options(found)
+
+
+def test_options_of_preference_training():
+    """What each tool's spelling of a method's options becomes; another method's options are left out."""
+    pairs = {"datasets": [{"path": "d.jsonl", "type": "chatml.intel"}]}
+    judged = {"datasets": [{"path": "d.jsonl", "type": "llama3.ultra"}]}
+    for tool, more, expected in (
+        ("axolotl", {**pairs, "rl": "dpo", "rl_beta": 0.3}, {"method": "dpo", "beta": 0.3}),
+        ("axolotl", {**pairs, "rl": "orpo", "orpo_alpha": 0.2}, {"method": "orpo", "beta": 0.2}),
+        ("axolotl", {**pairs, "reward_model": True, "rl_beta": 0.3}, {"method": "reward", "beta": None}),
+        ("axolotl", {**judged, "rl": "kto", "kto_desirable_weight": 0.5, "kto_undesirable_weight": 2.0},
+         {"method": "kto", "desirable_weight": 0.5, "undesirable_weight": 2.0,
+          "dataset_format": "unpaired_preference"}),
+        ("llamafactory", {"stage": "dpo", "pref_loss": "orpo", "pref_beta": 0.4, "dataset": None},
+         {"method": "orpo", "beta": 0.4}),
+        ("llamafactory", {"stage": "kto", "kto_chosen_weight": 0.5, "dataset": None},
+         {"method": "kto", "desirable_weight": 0.5, "undesirable_weight": None}),
+    ):  # fmt: skip
+        found = translate(TOOLS[tool], {**LEAST[tool][0], **more}).options
+        assert {key: found.get(key) for key in expected} == expected
+        split_options({"dataset_name": "d", **found})
+
+
+def test_new_tokens_streams_and_shares():
+    least, tokens = LEAST["llamafactory"][0], ["<a>", "<b>", "<c>"]
+    more = {"resize_vocab": True, "add_tokens": "<a>,<b>", "add_special_tokens": "<c>"}
+    assert translate(TOOLS["llamafactory"], {**least, **more}).options["new_tokens"] == tokens
+    assert translate(TOOLS["axolotl"], {**LEAST["axolotl"][0], "tokens": tokens}).options["new_tokens"] == tokens
+    found = translate(TOOLS["llamafactory"], {**least, "streaming": True, "val_size": 20, "max_steps": 3}).options
+    assert (found["streaming"], found["shuffle_buffer_size"], found["eval_rows"]) == (True, 16384, 20)
+    assert "train_frac" not in found
+    split_options(found)
+    more = {"dataset": "a,b", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"}
+    found = translate(TOOLS["llamafactory"], {**least, **more}).options
+    assert [(entry["dataset_name"], entry["weight"]) for entry in found["datasets"]] == [("a", 0.7), ("b", 0.3)]
+    assert found["mixing"] == "interleave_over"
+    split_options(found)
+
+
+def test_data_sets_of_axolotl_may_train_on_different_parts():
+    sets = [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "completion"}]
+    found = translate(TOOLS["axolotl"], {**LEAST["axolotl"][0], "datasets": sets}).options
+    assert [entry["train_on"] for entry in found["datasets"]] == ["completion", "all"]
+    assert "train_on" not in found
+    split_options(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("damo", "no data set 'damo'. Did you mean 'demo'"),
+        ("pairs", "has pairs of answers, and stage=sft needs single ones"),
+    ],
+)
 def test_data_sets_of_llamafactory_that_cannot_be_read(folder, name, said):
     least = {"model_name_or_path": "m", "dataset": name, "dataset_dir": str(folder / "data")}
     with pytest.raises(OptionError, match=said):

@@ -43,6 +43,9 @@ def texts(manager: QEffDataManager, item: Any) -> tuple[str, str]:
          "rejected": {"from": "gpt", "value": "no"}},
         {"instruction": "Q?", "input": "", "chosen": "yes", "rejected": "no"},
         {"question": "Q?", "chosen_response": "yes", "rejected_response": "no"},
+        {"input": "Q?", "chosen": "yes", "rejected": "no"},
+        # As HuggingFaceH4/ultrafeedback_binarized: the prompt once more beside whole conversations.
+        {"prompt": "Q?", "chosen": ASK + GOOD, "rejected": ASK + BAD, "messages": ASK + GOOD},
     ],
 )  # fmt: skip
 def test_every_form_says_the_same(row):
@@ -124,9 +127,11 @@ def test_verdicts(label, good):
     found = judged({"prompt": "a", "completion": "b", "label": label})
     assert found is not None
     assert found.desirable is good
-    tagged = judged({"messages": ASK + GOOD, "kto_tag": label})
-    assert tagged is not None
-    assert tagged.desirable is good
+    talk = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "yes"}]
+    for row in ({"messages": ASK + GOOD}, {"conversations": talk}):
+        tagged = judged({**row, "kto_tag": label})
+        assert tagged is not None
+        assert tagged.desirable is good
 
 
 @pytest.mark.parametrize("label", ["good", 2, [True], {"a": 1}, 0.5])

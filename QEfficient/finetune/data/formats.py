@@ -95,7 +95,10 @@ _ALL = (
     Format(
         "unpaired_preference",
         "prompt, completion and label, or messages and kto_tag",
-        lambda names: _has("prompt", "completion", "label")(names) or _has("messages", "kto_tag")(names),
+        lambda names: (
+            (_has("completion", "label")(names) and bool(names & {"prompt", "question", "instruction"}))
+            or ("kto_tag" in names and bool(names & {"messages", "conversations"}))
+        ),
         preference_readers.judged,
         "unpaired_preference",
     ),

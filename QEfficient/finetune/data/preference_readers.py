@@ -8,7 +8,7 @@ from typing import Any
 
 from QEfficient.errors import InputError
 from QEfficient.finetune.data.examples import Conversation, Exchange, Judged, Preference
-from QEfficient.finetune.data.readers import from_sharegpt, message_pair, messages, string, system_of
+from QEfficient.finetune.data.readers import from_sharegpt, message_pair, messages, sharegpt, string, system_of
 from QEfficient.finetune.keywords import short
 
 Row = Mapping[str, Any]
@@ -25,6 +25,7 @@ def preference(row: Row) -> Preference | None:
     """``chosen`` and ``rejected``, texts or messages, after ``prompt``, ``question`` or ``instruction``, ``input``.
 
     Without a prompt the two must begin alike, and what they share is the prompt; texts are then whole as they are.
+    Messages that begin with the user's are whole conversations, whatever else the row has.
     """
     first, second = next(pair for pair in PAIRED if pair[0] in row and pair[1] in row)
     chosen, rejected = _answer(row[first]), _answer(row[second])
@@ -32,7 +33,7 @@ def preference(row: Row) -> Preference | None:
         return None
     if chosen == rejected:
         raise InputError(f"{first} and {second} are the same, so there is nothing to prefer.")
-    prompt = _prompt(row)
+    prompt = None if _whole(chosen) and _whole(rejected) else _prompt(row)
     shared = prompt is None
     if shared:
         prompt, (chosen, rejected) = _shared(first, second, chosen, rejected)
@@ -41,7 +42,7 @@ def preference(row: Row) -> Preference | None:
 
 
 def judged(row: Row) -> Judged | None:
-    """``prompt``, ``completion`` and ``label``, or ``messages`` and ``kto_tag``: true where the answer is good."""
+    """A prompt, ``completion`` and ``label``, or a conversation and ``kto_tag``: true where the answer is good."""
     name = "kto_tag" if "kto_tag" in row else "label"
     value = row.get(name)
     if value is None:
@@ -51,7 +52,7 @@ def judged(row: Row) -> Judged | None:
     if verdict is None:
         raise InputError(f"{name} must be true or false, got {short(value)}.")
     if name == "kto_tag":
-        answer: Exchange | Conversation | None = messages(row)
+        answer: Exchange | Conversation | None = messages(row) if "messages" in row else sharegpt(row)
     else:
         answer = _reply(row, _prompt(row) or "", "completion", _answer(row["completion"]))
     return None if answer is None else Judged(answer, verdict)
@@ -69,6 +70,11 @@ def _answer(value: Any) -> Any:
     return [from_sharegpt(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _whole(answer: Any) -> bool:
+    """Whether these are messages with the prompt among them."""
+    return isinstance(answer, list) and isinstance(answer[0], Mapping) and answer[0].get("role") in ("system", "user")
+
+
 def _prompt(row: Row) -> Any:
     """A text or messages, which may be empty; None where the row has neither."""
     for name in ("prompt", "question"):
@@ -77,6 +83,8 @@ def _prompt(row: Row) -> Any:
     if row.get("instruction"):
         extra = string("input", row.get("input") or "")
         return string("instruction", row["instruction"]) + (f"\n{extra}" if extra else "")
+    if row.get("input"):
+        return _answer(row["input"])
     return next((_answer(row[name]) for name in _HISTORIES if row.get(name)), None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from QEfficient.errors import OptionError
-from QEfficient.finetune.foreign import data, shared
+from QEfficient.finetune.foreign import data, preferences, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
 from QEfficient.finetune.keywords import choice, integer, mapping, number, short
 from QEfficient.finetune.settings_file import parse_value
@@ -17,10 +17,19 @@ _TYPES = {
     "alpaca": "alpaca", "alpaca_chat.load_qa": "prompt_completion", "completion": "text", "chat_template": "messages",
     "input_output": "segments", "": "tokenized",
 }  # fmt: skip
+#: ``rl`` -> method.
+_METHODS = {"dpo": "dpo", "orpo": "orpo", "kto": "kto"}
+#: The last part of a ``type`` whose rows hold answers that were judged, by what they are for.
+_JUDGED = {
+    "preference": ("default", "load", "intel", "icr", "prompt_pairs", "ultra", "argilla", "argilla_chat"),
+    "unpaired_preference": ("argilla", "intel", "prompt_pairs", "ultra"),
+}
+#: The first part, which names the words around them.
+_WORDS = ("chat_template", "chatml", "llama3", "bradley_terry")
 _ENTRY = (
     "path", "data_files", "ds_type", "name", "split", "type", "field", "field_messages", "message_property_mappings",
     "message_field_role", "message_field_content", "roles", "roles_to_train", "train_on_eos", "train_on_eot",
-    "chat_template", "field_tools", "field_system", "trust_remote_code",
+    "chat_template", "field_tools", "field_system", "trust_remote_code", "field_chosen", "field_rejected",
 )  # fmt: skip
 _OWN_TYPE = ("system_prompt", "field_system", "field_instruction", "field_input", "field_output")
 _STRATEGIES = {"drop": "drop", "truncate": "cut_answer", "raise": "error"}
@@ -30,8 +39,9 @@ def _finish(reading: Reading) -> None:
     shared.required(reading, "learning_rate")
     rate = reading["learning_rate"]  # a text or a number there
     reading.put(learning_rate=parse_value(rate) if isinstance(rate, str) else rate)
+    method = _method(reading)
     reading.options["lora_config"] = _lora(reading)
-    _data(reading)
+    _data(reading, method)
     _schedule(reading)
     strategy = reading["excess_length_strategy"]
     reading.put(truncation=_STRATEGIES[choice("excess_length_strategy", strategy, _STRATEGIES)])
@@ -47,6 +57,20 @@ def _finish(reading: Reading) -> None:
         raise reading.error("special_tokens", "cannot be set for a run: set them in the tokenizer's own files")
     if tokens:
         reading.note("special_tokens.pad_token has no effect: padding is neither attended to nor trained.")
+
+
+def _method(reading: Reading) -> str:
+    """What is minimised, and its options."""
+    if reading["reward_model"]:
+        if reading["rl"]:
+            raise reading.error("rl", "and reward_model contradict each other: take one of them out")
+        reading.put(method="reward")
+        return "reward"
+    if not reading["rl"]:
+        return "sft"
+    beta = next((reading[key] for key in ("rl_beta", "dpo_beta", "orpo_alpha") if reading[key] is not None), None)
+    weights = reading["kto_desirable_weight"], reading["kto_undesirable_weight"]
+    return preferences.put_method(reading, "rl", _METHODS, beta, *weights)
 
 
 def _lora(reading: Reading) -> dict[str, Any] | None:
@@ -65,7 +89,8 @@ def _lora(reading: Reading) -> dict[str, Any] | None:
     found = {
         "r": reading["lora_r"], "lora_alpha": reading["lora_alpha"], "lora_dropout": reading["lora_dropout"],
         "target_modules": targets, "modules_to_save": reading["lora_modules_to_save"],
-        "use_rslora": reading["peft_use_rslora"], "layers_to_transform": reading["peft_layers_to_transform"],
+        "use_rslora": reading["peft_use_rslora"], "use_dora": reading["peft_use_dora"],
+        "layers_to_transform": reading["peft_layers_to_transform"],
         "layers_pattern": reading["peft_layers_pattern"], "rank_pattern": reading["lora_rank_pattern"],
         "alpha_pattern": reading["lora_alpha_pattern"], "fan_in_fan_out": reading["lora_fan_in_fan_out"],
     }  # fmt: skip
@@ -97,19 +122,26 @@ def _schedule(reading: Reading) -> None:
         reading.options.pop("eval_steps", None)
 
 
-def _data(reading: Reading) -> None:
+def _data(reading: Reading, method: str) -> None:
     title = reading.title
     entries = reading["datasets"] or []
     if not isinstance(entries, list):
         raise reading.error("datasets", "must be a list")
-    read = [_entry(reading, entry) for entry in entries]
-    where = [entry.pop("train_on") for entry in read]
+    read = [_entry(reading, entry, method) for entry in entries]
+    where = {entry.get("train_on") for entry in read}
+    if method == "sft" and (reading["train_on_inputs"] or len(where) == 1):
+        for entry in read:
+            del entry["train_on"]
+        reading.put(train_on="all" if reading["train_on_inputs"] else where.pop())
     reading.options.update(data.options_of(read, title))
-    reading.put(train_on="all" if reading["train_on_inputs"] else data.same_for_all("train_on", where, title))
     shared.train_share(reading, "val_set_size")
     held = reading["test_datasets"]
     if held:
-        _held_out(reading, held)
+        _held_out(reading, held, method)
+    tokens = reading["tokens"]
+    if tokens:
+        reading.put(new_tokens=tokens)
+        reading.note("of the embeddings the rows of new tokens are trained, whatever lora_modules_to_save says.")
     template = reading["chat_template"]
     if template == "jinja" and isinstance(reading["chat_template_jinja"], str):
         if not Path(reading["chat_template_jinja"]).is_file():
@@ -119,25 +151,28 @@ def _data(reading: Reading) -> None:
         shared.template_notice(reading, "chat_template", template)
 
 
-def _held_out(reading: Reading, held: Any) -> None:
+def _held_out(reading: Reading, held: Any, method: str) -> None:
     """``test_datasets``: another split of what is trained on."""
-    of = _entry(reading, held[0]) if isinstance(held, list) and len(held) == 1 else {}
+    of = _entry(reading, held[0], method) if isinstance(held, list) and len(held) == 1 else {}
     if of.get("dataset_name") != reading.options.get("dataset_name") or "train_split" not in of:
         raise reading.error("test_datasets", "must be one other split of the data set that is trained on")
     reading.put(eval_split=of["train_split"])
     reading.options.pop("train_frac")
 
 
-def _entry(reading: Reading, entry: Any) -> dict[str, Any]:
+def _entry(reading: Reading, entry: Any, method: str) -> dict[str, Any]:
     title = reading.title
     given = check_keys(mapping("an entry of datasets in axolotl", entry), _ENTRY, "an entry of datasets in axolotl")
     found: dict[str, Any] = {
         "dataset_name": data.source(given.get("path"), given.get("data_files"), title),
         "dataset_config": given.get("name"),
         "train_split": data.split(given.get("split"), "split"),
-        "train_on": "completion",
     }
     kind = given.get("type", "")
+    if method != "sft":
+        found |= _judged(reading, given, kind, method)
+        return {name: value for name, value in found.items() if value is not None}
+    found["train_on"] = "completion"
     if isinstance(kind, Mapping):
         found |= _own_type(reading, kind)
     elif not isinstance(kind, str) or kind not in _TYPES:
@@ -159,6 +194,24 @@ def _entry(reading: Reading, entry: Any) -> dict[str, Any]:
     if kind == "chat_template":
         found |= _conversation(reading, given)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _judged(reading: Reading, given: Mapping[str, Any], kind: Any, method: str) -> dict[str, Any]:
+    """Rows of answers that were judged; their readers find the prompt in whatever column it is."""
+    words, _, form = str(kind or "default").rpartition(".")
+    rows = preferences.rows_of(method)
+    if form not in _JUDGED[rows] or words not in ("", *_WORDS):
+        raise OptionError(
+            f"type={short(kind)} of a data set of axolotl cannot be read for {method}; the endings that can be are "
+            f"{', '.join(_JUDGED[rows])}."
+        )
+    if words in ("chatml", "llama3"):
+        shared.template_notice(reading, "type", f"{words}.{form}")
+    roles = mapping("roles", given.get("roles", {}))
+    data.check_roles({str(theirs): role for role, those in roles.items() for theirs in those}, reading.title)
+    columns = {"chosen": given.get("field_chosen"), "rejected": given.get("field_rejected")}
+    columns |= {"messages": given.get("field_messages")}
+    return preferences.entry(method, columns if rows == "preference" else {})
 
 
 def _own_type(reading: Reading, kind: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,21 +280,24 @@ _NO_EFFECT = {
     "gradient_checkpointing_kwargs": "recompute has no settings",
     "auto_resume_from_checkpoints": "a run continues from its last checkpoint in any case",
     "neftune_noise_alpha": "a compiled step adds no noise",
+    **dict.fromkeys(("precompute_ref_log_probs", "rl_adapter_ref_model", "dpo_use_logits_to_keep", "dpo_padding_free"),
+                    "the reference is the model as it is before training; its log-probabilities are computed once"),
     "save_safetensors": "weights are always saved as safetensors",
     "shuffle_merged_datasets": "training rows are shuffled",
     **dict.fromkeys(("strict", "debug", "gc_steps", "save_first_step"), "the run does not need it"),
 }  # fmt: skip
 _REFUSED = {
-    **dict.fromkeys(("rl", "trl", "reward_model", "process_reward_model", "kto_desirable_weight"), shared.ONE_STAGE),
-    **dict.fromkeys(("pretraining_dataset", "streaming"), "rows are read whole, so give datasets"),
+    **dict.fromkeys(
+        ("dpo_use_weighting", "dpo_label_smoothing", "dpo_loss_type", "dpo_loss_weights", "dpo_norm_loss", "rpo_alpha",
+         "simpo_gamma", "cpo_alpha", "center_rewards_coefficient"), preferences.ONE_LOSS),
+    **dict.fromkeys(("trl", "process_reward_model"), "it belongs to methods that are not here"),
+    "pretraining_dataset": "give datasets with type: completion",
     "lora_model_dir": "a run starts from the base model; merge the adapter first",
-    "peft_use_dora": "only LoRA can be trained",
     "loraplus_lr_ratio": "all trained tensors have one learning rate",
     "relora": "only LoRA can be trained",
     "unfrozen_parameters": "set trainable to name patterns instead",
     "gptq": "use load_in_4bit, which quantizes an ordinary checkpoint",
     "revision_of_model": "download that revision and name its directory",
-    "tokens": "add tokens to the tokenizer and the model first",
     "auto_find_batch_size": "set micro_batch_size",
     "max_packed_sequence_len": "use sample_packing",
     "rope_scaling": "set it in the checkpoint's own configuration",
@@ -261,6 +317,7 @@ AXOLOTL = Tool(
         "base_model": "model_id",
         "tokenizer_config": "tokenizer_name",
         "trust_remote_code": "trust_remote_code",
+        "streaming": "streaming",
         "sequence_len": "max_ctx_len",
         "sample_packing": "packing",
         "default_system_message": "system_prompt",
@@ -292,10 +349,16 @@ AXOLOTL = Tool(
     handled={
         "learning_rate": "`learning_rate`",
         "datasets": "the data options; `type` alpaca, alpaca_chat.load_qa, completion, chat_template, input_output, or "
-        "none for token ids",
+        "none for token ids; with `rl` chat_template.default, chatml.intel, llama3.ultra and their like",
         "test_datasets": "`eval_split`: another split of the same data",
         "val_set_size": "`train_frac`; a share",
         "train_on_inputs": "`train_on`",
+        "rl": "`method`: dpo, orpo, kto",
+        "reward_model": "`method=reward`",
+        **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha"), "`beta`"),
+        "kto_desirable_weight": "`desirable_weight`",
+        "kto_undesirable_weight": "`undesirable_weight`",
+        "tokens": "`new_tokens`",
         "excess_length_strategy": "`truncation`",
         "chat_template": "`chat_template`; `chatml` and the tokenizer's own",
         "chat_template_jinja": "`chat_template`; a file",
@@ -308,7 +371,8 @@ AXOLOTL = Tool(
             "lora_target_modules": "target_modules", "lora_modules_to_save": "modules_to_save",
             "lora_fan_in_fan_out": "fan_in_fan_out", "lora_rank_pattern": "rank_pattern",
             "lora_alpha_pattern": "alpha_pattern", "peft_use_rslora": "use_rslora",
-            "peft_layers_to_transform": "layers_to_transform", "peft_layers_pattern": "layers_pattern",
+            "peft_use_dora": "use_dora", "peft_layers_to_transform": "layers_to_transform",
+            "peft_layers_pattern": "layers_pattern",
         }.items()},
         "optimizer": "`optim`; those with a state of 8 bits keep it in 32",
         **dict.fromkeys(("warmup_steps", "warmup_ratio"), "`warmup_steps`"),

@@ -8,10 +8,10 @@ from typing import Any
 
 from QEfficient.errors import OptionError
 from QEfficient.finetune.arguments import HF_NAMES
-from QEfficient.finetune.foreign import data, shared
+from QEfficient.finetune.foreign import data, preferences, shared
 from QEfficient.finetune.foreign.tool import Reading, Tool, check_keys
-from QEfficient.finetune.keywords import integer, mapping, short
-from QEfficient.finetune.settings_file import read_settings
+from QEfficient.finetune.keywords import choice, integer, mapping, short
+from QEfficient.finetune.settings_file import parse_value, read_settings
 from QEfficient.suggest import did_you_mean
 
 _ENTRY = (
@@ -19,6 +19,8 @@ _ENTRY = (
 )  # fmt: skip
 #: Its names of columns -> ours, for rows of instructions.
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
+#: Columns of answers that were judged.
+_ANSWERS = ("chosen", "rejected", "kto_tag")
 _TAGS = {"role_tag": "from", "content_tag": "value"}
 _ROLES = {
     "user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
@@ -26,16 +28,28 @@ _ROLES = {
 }  # fmt: skip
 
 
+#: ``pref_loss`` of the stage ``dpo`` -> method.
+_PREFERENCE = {"sigmoid": "dpo", "orpo": "orpo"}
+
+
 def _finish(reading: Reading) -> None:
-    if reading["stage"] not in ("sft", "pt"):
-        raise reading.error("stage", f"is not available: {shared.ONE_STAGE}")
+    method = _method(reading)
     reading.options["lora_config"] = _lora(reading)
     shared.quantized(reading, "quantization_bit", reading["quantization_bit"])
     names = _listed("dataset", reading["dataset"]) or []
-    reading.options.update(data.options_of([_dataset(reading, name) for name in names], reading.title))
-    whole = reading["stage"] == "pt" or reading["train_on_prompt"]
-    reading.put(train_on="all" if whole else "last" if reading["mask_history"] else "completion")
-    shared.train_share(reading, "val_size")
+    entries = [_dataset(reading, name, method) for name in names]
+    _mixture(reading, entries)
+    reading.options.update(data.options_of(entries, reading.title))
+    if method == "sft":
+        whole = reading["stage"] == "pt" or reading["train_on_prompt"]
+        reading.put(train_on="all" if whole else "last" if reading["mask_history"] else "completion")
+    _tokens(reading)
+    if reading["streaming"]:
+        held = reading["val_size"]
+        reading.put(streaming=True, shuffle_buffer_size=reading["buffer_size"])
+        reading.put(eval_rows=integer("val_size of a stream", held) if held else None)
+    else:
+        shared.train_share(reading, "val_size")
     # Both parts of a row lose tokens there, the longer one more.
     reading.put(truncation="cut_answer")
     shared.template_notice(reading, "template", reading["template"])
@@ -51,6 +65,44 @@ def _finish(reading: Reading) -> None:
         reading.put(train_sampling_strategy="sequential")
     if reading["eval_dataset"] is not None:
         raise reading.error("eval_dataset", "cannot be read: set val_size, or put both into one directory")
+
+
+def _method(reading: Reading) -> str:
+    """What the stage minimises, and its options."""
+    stage = reading["stage"]
+    if stage in ("sft", "pt"):
+        return "sft"
+    beta, weights = reading["pref_beta"], (reading["kto_chosen_weight"], reading["kto_rejected_weight"])
+    if stage == "dpo":
+        return preferences.put_method(reading, "pref_loss", _PREFERENCE, beta)
+    return preferences.put_method(reading, "stage", {"rm": "reward", "kto": "kto"}, beta, *weights)
+
+
+def _mixture(reading: Reading, entries: list[dict[str, Any]]) -> None:
+    """Weights and the way of mixing several data sets; ``concat`` puts them one after the other."""
+    strategy = choice("mix_strategy", reading["mix_strategy"], ("concat", "interleave_under", "interleave_over"))
+    if strategy == "concat" or len(entries) < 2:
+        return
+    shares = reading["interleave_probs"]
+    shares = shares.split(",") if isinstance(shares, str) else shares or [1] * len(entries)
+    if not isinstance(shares, list) or len(shares) != len(entries):
+        raise reading.error("interleave_probs", f"must be {len(entries)} numbers, one for each data set")
+    for entry, share in zip(entries, shares, strict=True):
+        entry["weight"] = parse_value(share) if isinstance(share, str) else share
+    reading.put(mixing=strategy)
+
+
+def _tokens(reading: Reading) -> None:
+    """New tokens; without ``resize_vocab`` there is no row for them."""
+    added = [token for key in ("add_tokens", "add_special_tokens") for token in _listed(key, reading[key]) or []]
+    if not added:
+        return
+    if not reading["resize_vocab"]:
+        raise OptionError("add_tokens of LLaMA-Factory needs rows in the embeddings: add resize_vocab: true.")
+    reading.put(new_tokens=added)
+    reading.note(
+        "of the embeddings only the rows of new tokens are trained: LLaMA-Factory trains and saves them whole."
+    )
 
 
 def _lora(reading: Reading) -> dict[str, Any] | None:
@@ -78,7 +130,7 @@ def _listed(key: str, value: Any) -> list[str] | None:
     return value
 
 
-def _dataset(reading: Reading, name: str) -> dict[str, Any]:
+def _dataset(reading: Reading, name: str, method: str) -> dict[str, Any]:
     """One entry of ``dataset_info.json``."""
     folder = Path(str(reading["dataset_dir"]))
     if str(folder) == "ONLINE":
@@ -89,8 +141,10 @@ def _dataset(reading: Reading, name: str) -> dict[str, Any]:
         raise OptionError(f"{registry} has no data set {name!r}.{did_you_mean(name, known)}")
     what = f"the data set {name} in {registry}"
     given = check_keys(mapping(what, known[name]), _ENTRY, what)
-    if given.get("ranking"):
-        raise OptionError(f"{what} has ranked answers: {shared.ONE_STAGE}.")
+    pairs = method not in ("sft", "kto")
+    if bool(given.get("ranking")) != pairs:
+        has, wants = ("pairs of answers", "single ones") if given.get("ranking") else ("single answers", "pairs")
+        raise OptionError(f"{what} has {has}, and stage={reading['stage']} needs {wants}: change ranking or the stage.")
     path = given.get("hf_hub_url")
     if path is None:
         path = str(folder / str(given.get("file_name", name)))
@@ -99,23 +153,31 @@ def _dataset(reading: Reading, name: str) -> dict[str, Any]:
         "dataset_config": given.get("subset"),
         "train_split": data.split(given.get("split"), "split"),
         "sample_size": given.get("num_samples"),
-        **_columns(reading, given, what),
+        **_columns(reading, given, what, method),
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _columns(reading: Reading, given: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _columns(reading: Reading, given: Mapping[str, Any], what: str, method: str) -> dict[str, Any]:
     columns, tags = (mapping(f"{part} of {what}", given.get(part, {})) for part in ("columns", "tags"))
     kind = given.get("formatting", "alpaca")
     if reading["stage"] == "pt":
         return {"dataset_format": "text", "columns": data.renamed({"text": columns.get("prompt", "text")})}
+    answers = _answers(columns, what, method)
     if kind == "alpaca":
-        check_keys(columns, _COLUMNS, f"columns of {what}")
-        named = data.renamed({ours: columns.get(theirs) for theirs, ours in _COLUMNS.items()})
-        return {"dataset_format": "alpaca", "columns": named}
+        names = dict(_COLUMNS)
+        if method != "sft":
+            if "history" in columns:
+                raise OptionError(f"{what} has a history, which rows with judged answers cannot have: use messages.")
+            del names["response"]
+            if method == "kto":
+                answers = {"completion": columns.get("response", "output"), "label": answers["kto_tag"]}
+        check_keys(columns, (*_COLUMNS, *_ANSWERS), f"columns of {what}")
+        named = data.renamed({ours: columns.get(theirs) for theirs, ours in names.items()} | answers)
+        return {"dataset_format": preferences.rows_of(method) if answers else "alpaca", "columns": named}
     if kind not in ("sharegpt", "openai"):
         raise OptionError(f"formatting={short(kind)} of {what} must be alpaca, sharegpt or openai.")
-    check_keys(columns, ("messages", "system", "tools"), f"columns of {what}")
+    check_keys(columns, ("messages", "system", "tools", *_ANSWERS), f"columns of {what}")
     check_keys(tags, (*_TAGS, *_ROLES), f"tags of {what}")
     openai = kind == "openai"
     defaults = {"role_tag": "role", "content_tag": "content"} if openai else _TAGS
@@ -125,8 +187,19 @@ def _columns(reading: Reading, given: Mapping[str, Any], what: str) -> dict[str,
         columns.get("messages", "messages" if openai else "conversations"),
         keys["role_tag"], keys["content_tag"], reading.title,
     )  # fmt: skip
-    more = data.renamed({name: columns.get(name) for name in ("system", "tools")})
+    if answers:
+        found["dataset_format"] = preferences.rows_of(method)
+    more = data.renamed({name: columns.get(name) for name in ("system", "tools")} | answers)
     return found if more is None else {**found, "columns": {**found.get("columns", {}), **more}}
+
+
+def _answers(columns: Mapping[str, Any], what: str, method: str) -> dict[str, Any]:
+    """The columns that say which answer is good, which have no usual names there; nothing for `sft`."""
+    wanted = () if method == "sft" else ("kto_tag",) if method == "kto" else ("chosen", "rejected")
+    for name in wanted:
+        if not columns.get(name):
+            raise OptionError(f"{what} does not say which column is {name}: add it to columns.")
+    return {name: columns[name] for name in wanted}
 
 
 _NO_EFFECT = {
@@ -142,7 +215,7 @@ _NO_EFFECT = {
         shared.SHARDING),
     **dict.fromkeys(
         ("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "dataloader_num_workers",
-         "tokenized_path", "data_shared_file_system", "cache_dir", "buffer_size"), shared.CACHED),
+         "tokenized_path", "data_shared_file_system", "cache_dir"), shared.CACHED),
     **dict.fromkeys(
         ("use_swanlab", "swanlab_project", "swanlab_run_name", "swanlab_mode", "include_num_input_tokens_seen",
          "include_effective_tokens_per_second", "compute_accuracy", "print_param_status"), shared.SERVICES),
@@ -161,17 +234,14 @@ _REFUSED = {
         ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_llama_pro"),
         "choose one of transformers' own optimizers with optim"),
     "pissa_init": "the base weights stay as they are",
-    **dict.fromkeys(
-        ("ref_model", "reward_model", "pref_ftx", "pref_beta", "pref_loss", "kto_chosen_weight", "kto_rejected_weight"),
-        shared.ONE_STAGE),
+    **dict.fromkeys(("pref_ftx", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"), preferences.ONE_LOSS),
+    **dict.fromkeys(("ref_model", "ref_model_adapters", "ref_model_quantization_bit"),
+                    "the reference is the model as it is before training"),
+    **dict.fromkeys(("reward_model", "reward_model_adapters"), "only PPO has a reward model"),
     **dict.fromkeys(("rope_scaling", "shift_attn", "mixture_of_depths"),
                     "set it in the checkpoint's own configuration"),
-    **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens"),
-                    "add tokens to the tokenizer and the model first"),
     "adapter_name_or_path": "a run starts from the base model; merge the adapter first",
     "loraplus_lr_ratio": "all trained tensors have one learning rate",
-    "streaming": "rows are read whole",
-    "interleave_probs": "give the data sets weights in a file of ours",
     "model_revision": "download that revision and name its directory",
     "auto_find_batch_size": "set per_device_train_batch_size",
     "label_smoothing_factor": "the step returns the log-probability of the labels only",
@@ -181,7 +251,13 @@ _HANDLED = {
     "dataset": "the data options, by `dataset_info.json`",
     "dataset_dir": "where `dataset_info.json` is",
     "eval_dataset": "an error that names `val_size`",
-    "stage": "`sft`, and `pt`: `train_on=all`",
+    "stage": "`method`: sft, `rm` is reward, dpo, kto; `pt` is `train_on=all`",
+    "pref_loss": "`method` in the stage dpo: `sigmoid` is dpo, `orpo`",
+    "pref_beta": "`beta`",
+    "kto_chosen_weight": "`desirable_weight`",
+    "kto_rejected_weight": "`undesirable_weight`",
+    **dict.fromkeys(("mix_strategy", "interleave_probs"), "`mixing`, and `weight` of the data sets"),
+    **dict.fromkeys(("add_tokens", "add_special_tokens", "resize_vocab"), "`new_tokens`"),
     "finetuning_type": "`lora_config`; `full` is none",
     **{key: f"`lora_config.{name}`" for key, name in {
         "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target": "target_modules",
@@ -189,7 +265,9 @@ _HANDLED = {
     }.items()},
     "quantization_bit": "`base_weights`",
     **dict.fromkeys(("train_on_prompt", "mask_history"), "`train_on`"),
-    "val_size": "`train_frac`; a share",
+    "val_size": "`train_frac`, a share; of a stream `eval_rows`, a number",
+    "streaming": "`streaming`",
+    "buffer_size": "`shuffle_buffer_size`",
     "template": "`chat_template`; `chatml` and the tokenizer's own",
     "optim": "`optim`; those with a state of 8 bits keep it in 32",
     **dict.fromkeys(("packing", "neat_packing"), "`packing`"),
@@ -222,6 +300,9 @@ LLAMA_FACTORY = Tool(
     defaults={
         "cutoff_len": 2048,
         "stage": "sft",
+        "pref_loss": "sigmoid",
+        "mix_strategy": "concat",
+        "buffer_size": 16384,
         "finetuning_type": "lora",
         "lora_rank": 8,
         "lora_dropout": 0.0,

@@ -16,7 +16,6 @@ CACHED = "prepared rows are kept in the cache by content"
 SERVICES = "metrics.jsonl is written in any case; set report_to for a service"
 SHARDING = "torchrun gives every process the whole step and a share of each batch"
 OFFLINE = "training runs offline; `qefficient push` publishes the result"
-ONE_STAGE = "only supervised fine-tuning can be run from a file of another tool; a file of ours has `method`"
 
 
 def optimizer(reading: Reading, key: str) -> None:
