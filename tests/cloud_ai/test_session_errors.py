@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stand_in import install
 from stand_in.runtime import QStatus
-from test_session import PROMPTS, generated
+from test_card_session import PROMPTS, generated
 
 import QEfficient
 from QEfficient.cli.main import app

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_session import NEW, PROMPTS, generated
+from test_card_session import NEW, PROMPTS, generated
 from tiny_models import sample_prompt, tiny_causal_lm
 
 import QEfficient
