@@ -14,10 +14,16 @@ def blocks(page: Path) -> list[str]:
     return [block for block in BLOCK.findall(page.read_text(encoding="utf-8")) if "# doc: no-run" not in block]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache of the pages' own: most of them run the same model."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_examples_run(page, tmp_path, monkeypatch, capsys):
+def test_examples_run(page, home, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QEFF_HOME", str(home))
     names: dict[str, object] = {"__name__": "docs"}
     for number, block in enumerate(blocks(page)):
         code = block.replace('QEfficient.load("my-package")', "QEfficient.load(model.qpc_path)")

@@ -38,6 +38,18 @@ def check_samples(config: QEffConfig) -> None:
         )
 
 
+def check_room(args: QEffTrainingArgs, data: QEffDataManager, room: int | None) -> None:
+    """ContextLengthError when a prompt and its answer need more than ``room`` tokens; None is no limit."""
+    wanted = (args.eval_generation or {})["max_new_tokens"]
+    for number, prompt in enumerate(args.eval_prompts or (), 1):
+        length = len(data.prompt_ids(prompt))
+        if room is not None and length + wanted - 1 > room:  # the last token is never stored
+            raise ContextLengthError(
+                f"prompt {number} of eval_prompts has {length} tokens, and {wanted} new ones do not fit into the "
+                f"{room} of the model's context: shorten it, or lower max_new_tokens in eval_generation."
+            )
+
+
 class EvalSamples(TrainerCallback):
     """Writes ``samples.jsonl``: a row of step, prompt and text per prompt and evaluation, and shows them.
 
@@ -69,14 +81,7 @@ class EvalSamples(TrainerCallback):
         self._adapter = Path(self._place.name)
         save_trained(step, self._adapter)
         self.answers = Answers(manager, data, self._adapter)
-        room = self.answers.ctx_len
-        for number, prompt in enumerate(self.prompts, 1):
-            length, wanted = len(data.prompt_ids(prompt)), self.settings["max_new_tokens"]
-            if room is not None and length + wanted - 1 > room:  # the last token is never stored
-                raise ContextLengthError(
-                    f"prompt {number} of eval_prompts has {length} tokens, and {wanted} new ones do not fit into the "
-                    f"{room} of the model's context: shorten it, or lower max_new_tokens in eval_generation."
-                )
+        check_room(args, data, self.answers.ctx_len)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

@@ -284,10 +284,16 @@ class QEffModelManager:
         # Ranks on one machine share its cores.
         return max(1, len(os.sched_getaffinity(0)) // self.args.world_size) if self.args.world_size > 1 else None
 
-    def _check_length(self) -> None:
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for; None where its configuration does not say."""
         own = self.source.raw_config()
         limit = next((own[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len") if k in own), None)
-        if isinstance(limit, int) and 0 < limit < self.config.max_ctx_len:
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def _check_length(self) -> None:
+        limit = self.positions
+        if limit is not None and limit < self.config.max_ctx_len:
             raise OptionError(
                 f"max_ctx_len={self.config.max_ctx_len} is more than the {limit} positions {self.config.model_id} was "
                 "made for: lower it."

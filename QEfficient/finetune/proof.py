@@ -28,7 +28,10 @@ _FLOOR = 1e-5
 
 @dataclass
 class ProofReport:
-    """What `compare_first_step` found; differences are relative as the tolerances say."""
+    """What `compare_first_step` found; differences are relative as the tolerances say.
+
+    ``quantity`` is what ``loss`` and ``torch_loss`` are: some methods compute their loss outside of the step.
+    """
 
     loss: float
     torch_loss: float
@@ -39,6 +42,7 @@ class ProofReport:
     update_difference: float
     tensors: int
     trained_tokens: int
+    quantity: str = "loss"
     gradients: dict[str, float] = field(default_factory=dict)
     tolerances: dict[str, float] = field(default_factory=lambda: {"loss": LOSS, "gradient": GRADIENT, "update": UPDATE})
 
@@ -58,7 +62,7 @@ class ProofReport:
 
     def __str__(self) -> str:
         return (
-            f"first step against torch autograd: loss {self.loss:.6f} / {self.torch_loss:.6f} "
+            f"first step against torch autograd: {self.quantity} {self.loss:.6f} / {self.torch_loss:.6f} "
             f"(difference {self.loss_difference:.1e}), {self.tensors} gradients, worst {self.gradient_difference:.1e} "
             f"of the tensor's largest ({self.worst_gradient}), updated tensors within {self.update_difference:.1e} of "
             f"the learning rate: {'equal' if self.passed else 'DIFFERENT'}"
@@ -72,6 +76,7 @@ def compare_first_step(
     *,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    quantity: str = "loss",
 ) -> ProofReport:
     """Runs one batch through the step and through torch, and one AdamW update on copies of both results.
 
@@ -82,6 +87,7 @@ def compare_first_step(
         reference: the torch model (with its adapter) whose frozen weights the step has; its trained tensors are
             overwritten with the step's.
         batch: what `CompiledStep.forward` takes, its ``weights`` as they are; without them the loss is a mean.
+        quantity: what the step's loss is, for people.
     """
     pairs = _pairs(step, reference)
     for mine, theirs in pairs.values():
@@ -116,6 +122,7 @@ def compare_first_step(
         update_difference=updates[moved],
         tensors=len(pairs),
         trained_tokens=trained,
+        quantity=quantity,
         gradients=gradients,
     )
 

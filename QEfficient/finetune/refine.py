@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from QEfficient.finetune.checkpoint import checkpoints, complete, resume_point, 
 from QEfficient.finetune.config import QEffConfig
 from QEfficient.finetune.data.stream import StreamRows
 from QEfficient.finetune.data_manager import QEffDataManager
-from QEfficient.finetune.eval_samples import EvalSamples, check_samples
+from QEfficient.finetune.eval_samples import EvalSamples, check_room, check_samples
 from QEfficient.finetune.methods.build import check_teacher, completed, method_of
 from QEfficient.finetune.model_manager import QEffModelManager
 from QEfficient.finetune.options import resolved
@@ -122,8 +122,12 @@ class QEfficient:
         tell = (say or _print) if chosen.process_index == 0 else _quiet
         output = Path(str(chosen.output_dir))
         resolve(self.transforms)  # what cannot be loaded is said before the data is read
+        made = chosen.should_save and not output.exists()
         self._prepare_output(output, chosen)
-        with _only_writer(output) if chosen.should_save else nullcontext():
+        with (
+            _gone_if_empty(output) if made else nullcontext(),
+            _only_writer(output) if chosen.should_save else nullcontext(),
+        ):
             return self._refine(chosen, output, chosen.validate if validate is None else validate, tell, load)
 
     def _refine(
@@ -142,6 +146,8 @@ class QEfficient:
             raise OptionError(
                 f"{name} needs evaluation rows, and there are none: lower train_frac or leave {name} out."
             )
+        if chosen.eval_prompts is not None:
+            check_room(chosen, data, manager.positions)
         if self.config.task == "seq_classification":
             classes = manager.set_classes(data.label_names, data.pad_token_id)
             head = "a new head" if classes.new_head else "the checkpoint's head"
@@ -333,7 +339,12 @@ class QEfficient:
             inputs["weights"] = inputs["weights"] / weighed.normaliser
         reference = reference_model(self.model_manager, step)
         self.proof = compare_first_step(
-            step, reference, inputs, learning_rate=args.learning_rate, weight_decay=args.weight_decay
+            step,
+            reference,
+            inputs,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            quantity="loss" if weighed.measured is None else "weighted sum of log-probabilities",
         )
         del reference
         self.proof.save(output / PROOF_FILE)
@@ -353,6 +364,17 @@ class QEfficient:
         for path in sorted(place.iterdir()):
             path.replace(output / path.name)
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _gone_if_empty(output: Path) -> Iterator[None]:
+    """Takes a directory that was made for this away again when an error leaves it empty."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty, or gone
+            output.rmdir()
+        raise
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def accuracy(logits: np.ndarray, names: list[str], rows=ROWS) -> float:
     return float(np.mean([names[i] == row["label"] for i, row in zip(logits.argmax(1), rows, strict=True)]))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.sweep), "llama"])
 def test_full_fine_tuning_loads_everywhere(family, checkpoints, tmp_path):
     out = tmp_path / "out"
     qe, tuned, tokenizer, heard = refined(checkpoints / family, out, lora_config=None)
@@ -84,7 +84,7 @@ def test_full_fine_tuning_loads_everywhere(family, checkpoints, tmp_path):
     np.testing.assert_allclose(found, logits[:4], atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.sweep)])
 def test_lora_trains_the_head_too(family, checkpoints, tmp_path):
     out = tmp_path / "out"
     qe, tuned, tokenizer, _ = refined(checkpoints / family, out, lora_config={"r": 8})

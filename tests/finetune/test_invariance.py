@@ -112,7 +112,9 @@ def pack(rows: list[Batch], width: int) -> Batch:
 # ---------------------------------------------------------------------------------- accumulation, padding, packing
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("mistral", "gpt2"))]
+)
 def test_one_batch_of_eight_is_eight_batches_of_one(family: str, request: pytest.FixtureRequest) -> None:
     step = request.getfixturevalue(family)
     step = step[0] if isinstance(step, tuple) else step

@@ -90,7 +90,6 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(tiny_checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
     """Also with warm-up, cosine decay and rotation of checkpoints; `make resume-test` does it ten times."""
     outcome = resume_rounds(tiny_checkpoint, str(rows_file), tmp_path, kills=3, steps=16, seed=1)

@@ -87,7 +87,16 @@ def decided(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "phi3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gpt2",
+        "gemma2",
+        "mistral",
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("qwen2", "phi3")),
+    ],
+)
 def test_lora(family: str) -> None:
     compare(with_lora(family), family)
 
@@ -112,6 +121,7 @@ def test_lora_on_experts_and_attention() -> None:
     compare(model, "mixtral")
 
 
+@pytest.mark.sweep
 def test_lora_of_a_model_with_shared_experts() -> None:
     compare(with_lora("qwen2_moe"), "qwen2_moe", steps=30)
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_sampled_is_said_before_training(
     args = arguments(tmp_path / "out", **{"eval_prompts": PROMPTS, **how})
     with pytest.raises(error, match=message):
         QEfficient(config(tiny_checkpoint, rows_file, **what), args).refine(load=False, say=lambda said: None)
-    assert not (tmp_path / "out" / "logs").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:

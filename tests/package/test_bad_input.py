@@ -469,7 +469,6 @@ def no_space(report: dict, home: Path) -> None:
     assert "QEFF_HOME" in report["error"]
 
 
-@pytest.mark.slow
 def test_file_size_limit_while_exporting_and_compiling(llama, tmp_path):
     """The limit of a process stands for a full disk: the same refusal of a write, at a place of our choice."""
     script = """

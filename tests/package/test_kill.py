@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tiny_models import greedy_reference, sample_prompt
 
 from QEfficient.store.store import ArtifactStore
@@ -36,7 +35,6 @@ print(json.dumps({"package": str(package), "ids": ids.tolist(), **report}))
 """
 
 
-@pytest.mark.slow
 def test_eight_processes_compile_once(llama, tmp_path):
     gate, home, prompt = tmp_path / "gate", tmp_path / "home", sample_prompt()
     gate.mkdir()
@@ -68,7 +66,6 @@ def test_eight_processes_compile_once(llama, tmp_path):
     assert store.verify_all() == []
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(llama, tmp_path):
     outcome = kill_rounds(llama.checkpoint, tmp_path / "home", kills=6, seed=3)
     assert outcome.kills == 6

@@ -44,6 +44,10 @@ TARGETS = {
 }
 
 
+#: Their layers are llama's.
+LIKE_LLAMA = ("qwen2", "phi3", "mistral")
+
+
 @dataclass(frozen=True)
 class Base:
     hf: PreTrainedModel
@@ -114,7 +118,9 @@ def model(first: Path) -> QEFFAutoPeftModelForCausalLM:
 # ---------------------------------------------------------------------------------- swapping
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(n, marks=pytest.mark.sweep) if n in LIKE_LLAMA else n for n in TARGETS]
+)
 def test_two_adapters_in_one_package(place: Path, family: str) -> None:
     """Different values, rank, alpha and rule of scaling; no compile between them."""
     base = make_base(family, place / "families")

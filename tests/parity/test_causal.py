@@ -32,6 +32,8 @@ from QEfficient.targets.host_session import HostSession
 #: So many experts that their products become a loop over those that were chosen.
 MANY_EXPERTS = "qwen3_moe of 40 experts"
 TYPES = (*CAUSAL_TYPES, "mamba", "falcon", "gpt_oss", "qwen3_next", "lfm2", "llama_tied", MANY_EXPERTS)
+#: Built of parts that another of them has, and run by tests of other modules too.
+LIKE_OTHERS = ("qwen2", "qwen3", "gemma2", "mixtral", "mamba")
 BATCHED_TYPES = ("llama", "mistral", "deepseek_v3", "mamba2", "jamba")
 CTX, CHUNK = 32, 5
 TOLERANCE = 1e-4  # of the largest reference logit
@@ -71,7 +73,9 @@ class Case:
         return self.compiled._ready().session
 
 
-@pytest.fixture(scope="module", params=TYPES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.sweep) if n in LIKE_OTHERS else n for n in TYPES]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     """As users get it: with the host's fusions, each prompt on a row of its own."""
     if request.param == MANY_EXPERTS:
