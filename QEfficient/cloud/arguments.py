@@ -14,14 +14,9 @@ from QEfficient.targets.options import CompileOptions
 
 #: Flags of efficient-transformers for what this version does not have -> what that is.
 NOT_HERE = {
-    "--enable-qnn": "the QNN compiler",
     "--image-url": "image input",
     "--image-path": "image input",
     "--img-size": "image input",
-    "--comp-ctx-lengths-prefill": "compute context lengths",
-    "--comp-ctx-lengths-decode": "compute context lengths",
-    "--ccl-enabled": "compute context lengths",
-    "--use-onnx-subfunctions": "ONNX subfunctions",
     "--custom-io-file-path": "a custom IO file",
     "--dynamo": "a choice of exporter",
 }
@@ -96,8 +91,24 @@ def add_compile(parser: CloudParser) -> None:
         (("--mxint8-kv-cache", "--mxint8"), "KV cache as MXINT8"),
         (("--aic-enable-depth-first",), "schedule depth first"),
         (("--allow-mxint8-mdp-io",), "MXINT8 between accelerators"),
+        (("--use-onnx-subfunctions",), "repeated layers as functions of the graph"),
+        (("--ccl-enabled",), "several context lengths to compute with"),
     ):
         parser.add_argument(*flags, action="store_true", help=f"{text} (Cloud AI only)")
+    for phase in ("prefill", "decode"):
+        parser.add_argument(
+            f"--comp-ctx-lengths-{phase}",
+            type=lengths,
+            metavar="N,N",
+            help=f"these lengths for {phase} (Cloud AI only)",
+        )
+    parser.add_argument(
+        "--enable-qnn",
+        nargs="?",
+        const=True,
+        metavar="CONFIG",
+        help="the target qnn, with a configuration file of yours",
+    )
     parser.add_argument("--mos", type=int, help="effort to reduce on-chip memory; -1 is unset (Cloud AI only)")
 
 
@@ -109,8 +120,16 @@ def compile_options(values: argparse.Namespace) -> CompileOptions:
     """The options a command line asks for; OptionError when they contradict each other."""
     from QEfficient.cli.compile_flags import device_ids
 
+    qnn = values.enable_qnn is not None
+    if qnn and values.target not in ("host", "qnn"):
+        raise OptionError(f"--enable-qnn and --target {values.target} contradict each other: leave one of them out.")
     return CompileOptions.from_kwargs(
-        target=values.target,
+        target="qnn" if qnn else values.target,
+        qnn_config=values.enable_qnn if isinstance(values.enable_qnn, str) else None,
+        ccl_enabled=values.ccl_enabled,
+        comp_ctx_lengths_prefill=values.comp_ctx_lengths_prefill,
+        comp_ctx_lengths_decode=values.comp_ctx_lengths_decode,
+        use_onnx_subfunctions=values.use_onnx_subfunctions,
         batch_size=values.batch_size,
         prefill_seq_len=values.prompt_len,
         ctx_len=values.ctx_len,
@@ -145,6 +164,11 @@ def _with_dashes(word: str) -> str:
         return word
     flag, separator, value = word.partition("=")
     return flag.replace("_", "-") + separator + value
+
+
+def lengths(text: str) -> list[int]:
+    """Numbers with commas between them, for argparse."""
+    return [positive(part.strip()) for part in text.split(",")]
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,8 @@ from tiny_models import greedy_reference, save_tiny, tiny_causal_lm, tiny_tokeni
 from transformers import AutoTokenizer
 
 from QEfficient import QEFFAutoModelForCausalLM
-from QEfficient.cloud.arguments import NOT_HERE
+from QEfficient.cloud.arguments import NOT_HERE, CloudParser, add_compile, compile_options
+from QEfficient.targets.options import CompileOptions
 
 PROMPTS = ("the other", "an island in the sea", "he")
 LENGTHS = ("--prompt-len", "8", "--ctx-len", "64")
@@ -154,6 +155,40 @@ def test_flags_of_features_that_are_not_here(checkpoint, capsys, flag):
     for spelling in (flag, flag.replace("-", "_").replace("__", "--", 1), f"{flag}=x"):
         sentence = refused(capsys, "infer", "--model-name", checkpoint, "--prompt", "x", spelling)
         assert f"{flag} is not available" in sentence
+
+
+def asked(*arguments: object) -> CompileOptions:
+    parser = CloudParser("infer", "")
+    add_compile(parser)
+    return compile_options(parser.read([str(a) for a in arguments]))
+
+
+def test_options_of_the_card(tmp_path):
+    found = asked(
+        "--target", "qaic", "--ccl_enabled", "--comp-ctx-lengths-prefill", "64,128", "--comp_ctx_lengths_decode=128",
+        "--use-onnx-subfunctions", "--num-cores", 14, "--mxint8",
+    )  # fmt: skip
+    assert (found.target, found.ccl_enabled, found.use_onnx_subfunctions, found.num_cores) == ("qaic", True, True, 14)
+    assert (found.comp_ctx_lengths_prefill, found.comp_ctx_lengths_decode) == ((64, 128), (128,))
+    assert found.mxint8_kv_cache
+    assert (asked().target, asked("--enable-qnn").target, asked("--enable_qnn").qnn_config) == ("host", "qnn", None)
+    (tmp_path / "qnn.json").write_text('{"converter_args_extension": "--float_bitwidth 16"}')
+    assert asked("--enable-qnn", tmp_path / "qnn.json").qnn_config == {
+        "converter_args_extension": "--float_bitwidth 16"
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--comp-ctx-lengths-decode", "64,x"), "'x' is not an integer of at least 1"),
+        (("--comp-ctx-lengths-decode", ""), "'' is not an integer"),
+        (("--enable-qnn", "--target", "qaic"), "contradict each other"),
+        (("--enable-qnn", "/nothing/qnn.json"), "qnn.json"),
+    ],
+)
+def test_options_of_the_card_that_are_wrong(words, said, capsys):
+    assert said in refused(capsys, "infer", "--model-name", "gpt2", "--prompt", "x", *words)
 
 
 def test_bad_values(checkpoint, tmp_path, capsys):
