@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,8 +87,8 @@ class HostSession:
         if self._closed:
             return
         self._closed = True
+        # Nothing refers back to them, so ONNX Runtime's sessions and the state's memory are free at once.
         self._buffers, self._programs = {}, {}
-        gc.collect()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,5 +1,7 @@
 """The host session: what it refuses, that state stays in its buffers, and that it computes what plain ORT does."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -100,6 +102,23 @@ def test_run_before_begin(exported):
     with pytest.raises(QEfficientError, match=r"call begin\(\) before run\(\)") as caught:
         fresh.run(feeds(PROMPT), "Prefill")
     one_line(caught.value)
+
+
+def test_closing_frees_everything_without_the_collector(session):
+    """A collection takes half a second where torch is loaded: nothing may need one."""
+    session.run(feeds(PROMPT), "Prefill")
+    gc.collect()
+    gc.disable()
+    try:
+        programs = list(session._programs.values())
+        held = [weakref.ref(program) for program in programs] + [weakref.ref(p._session) for p in programs]
+        held += [weakref.ref(buffer[0]) for buffer in session._buffers.values()]
+        assert len(held) > 2
+        del programs
+        session.close()
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_use_after_close(session, exported):
