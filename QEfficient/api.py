@@ -12,7 +12,7 @@ from QEfficient.models.auto import (
     QEFFAutoModelForCausalLM,
     QEFFAutoModelForSequenceClassification,
 )
-from QEfficient.models.base import QEFFTransformersBase, copy_entry, given_export, resolve_queue
+from QEfficient.models.base import QEFFTransformersBase, check_destination, copy_entry, given_export, resolve_queue
 from QEfficient.models.packaging import compile_export
 from QEfficient.progress import bar
 from QEfficient.store.home import cache_home
@@ -141,6 +141,8 @@ def compile(
     asked = CompileOptions.from_kwargs(**options)
     queue = resolve_queue(transforms)
     key, directory = given_export(Path(onnx_path))
+    if compile_dir is not None:
+        check_destination(Path(compile_dir))
     store = ArtifactStore(cache_home(Path(cache_home_dir) if cache_home_dir is not None else None))
     with bar(f"compiling {Path(onnx_path).parent.name}", progress) as report:
         package = compile_export(store, directory, key, asked, queue, report)

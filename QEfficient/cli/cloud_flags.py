@@ -32,10 +32,12 @@ class CloudFlags:
         bool, _option("--ccl-enabled", "Compute with shorter contexts where they do; lengths are chosen.")
     ] = False
     comp_ctx_lengths_prefill: Annotated[
-        list[int] | None, _option("--comp-ctx-lengths-prefill", "A context length for prompts; may be repeated.", "N")
+        list[str] | None,
+        _option("--comp-ctx-lengths-prefill", "Context lengths for prompts: 512,1024; may be repeated.", "N,N"),
     ] = None
     comp_ctx_lengths_decode: Annotated[
-        list[int] | None, _option("--comp-ctx-lengths-decode", "A context length for decoding; may be repeated.", "N")
+        list[str] | None,
+        _option("--comp-ctx-lengths-decode", "Context lengths for decoding: 512,1024; may be repeated.", "N,N"),
     ] = None
     aic_hw_version: Annotated[str | None, _option("--aic-hw-version", "Hardware: ai100 or ai200.", "NAME")] = None
     sdk_profile: Annotated[
@@ -73,6 +75,9 @@ def cloud_values(flags: CloudFlags) -> dict[str, Any]:
         OptionError: a compiler flag without a name.
     """
     values = {name: value for name, value in vars(flags).items() if value is not None and value != []}
+    for name in ("comp_ctx_lengths_prefill", "comp_ctx_lengths_decode"):
+        if name in values:
+            values[name] = _numbers(name, values[name])
     given = []
     for text in values.pop("compiler_flags", ()):
         name, equals, value = text.lstrip("-").partition("=")
@@ -80,3 +85,10 @@ def cloud_values(flags: CloudFlags) -> dict[str, Any]:
             raise OptionError(f"--compiler-flag {text!r} has no name: write for example ols=2.")
         given.append((name.replace("-", "_"), value if equals else True))
     return {**values, "compiler_flags": tuple(given)} if given else values
+
+
+def _numbers(name: str, texts: list[str]) -> list[int]:
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise OptionError(f"--{name.replace('_', '-')} takes whole numbers, got {','.join(parts)!r}: write 512,1024.")
+    return [int(part) for part in parts]

@@ -411,5 +411,12 @@ def copy_entry(entry: Path, destination: Path) -> Path:
 
 def check_destination(destination: Path) -> None:
     """OptionError when a copy cannot go there, which is worth knowing before the work and not after it."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    there = next(path for path in (destination, *destination.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OptionError(f"{destination} cannot be made, for {there} is a file: choose a new directory.")
+    if there == destination and any(destination.iterdir()):
         raise OptionError(f"{destination} exists and is not empty: choose a new directory.")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise OptionError(f"{destination} cannot be made ({error.strerror}): choose another directory.") from None

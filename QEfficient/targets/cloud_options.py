@@ -69,9 +69,13 @@ def _devices(options: CompileOptions) -> int:
     if own is not None and options.mdp_dump_partition_config:
         raise OptionError("mdp_load_partition_config and mdp_dump_partition_config exclude each other: give one.")
     if own is not None:
-        given = max(devices, _devices_of(own))
-        if options.num_devices is None and group is None:
-            devices = given
+        named = _devices_of(own, options.num_cores or MAX_CORES)
+        if (options.num_devices is not None or group is not None) and named != devices:
+            raise OptionError(
+                f"mdp_load_partition_config is for {named} devices, and {devices} are asked for: leave out num_devices "
+                "and device_group, or change the file."
+            )
+        devices = named
     if stages is not None and devices % stages:
         raise OptionError(
             f"{devices} devices cannot be shared evenly by mdp_num_partitions={stages} stages: make one a multiple of "
@@ -82,17 +86,33 @@ def _devices(options: CompileOptions) -> int:
     return devices
 
 
-def _devices_of(partitions: object) -> int:
-    """The number of devices a user's partition file names."""
+def _devices_of(partitions: object, cores: int) -> int:
+    """The number of devices a user's partition file names, each with at most ``cores``."""
     found = set()
     entries = partitions.get("partitions", []) if hasattr(partitions, "get") else []
+    if not entries:
+        raise OptionError("mdp_load_partition_config names no partitions: it needs a list 'partitions' of them.")
     for entry in entries:
         devices = entry.get("devices") if isinstance(entry, dict) else None
         if not isinstance(devices, list) or not all(isinstance(d, dict) and "deviceId" in d for d in devices):
             raise OptionError(
                 "mdp_load_partition_config: every partition needs a list 'devices' of objects with deviceId."
             )
+        for device in devices:
+            given = device.get("numCores", cores)
+            if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= cores:
+                raise OptionError(
+                    f"mdp_load_partition_config gives device {device['deviceId']} numCores={given!r}, and num_cores is "
+                    f"{cores}: change one of them."
+                )
         found |= {device["deviceId"] for device in devices}
+    links = partitions.get("connections", []) if hasattr(partitions, "get") else []
+    for link in links if isinstance(links, list) else []:
+        missing = set(link.get("devices", ()) if isinstance(link, dict) else ()) - found
+        if missing:
+            raise OptionError(
+                f"mdp_load_partition_config connects device {min(map(str, missing))}, which is in no partition: add it."
+            )
     return len(found)
 
 

@@ -190,6 +190,9 @@ class CompileOptions:
         if self.device_group is not None:
             if not isinstance(self.device_group, tuple) or not self.device_group:
                 raise OptionError(f"device_group must be a non-empty list of device ids, got {self.device_group!r}.")
+            for value in self.device_group:
+                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    raise OptionError(f"device_group holds device ids, whole numbers from 0, got {value!r}.")
             if self.num_devices is not None and self.num_devices != len(self.device_group):
                 raise OptionError(
                     f"num_devices={self.num_devices} contradicts device_group with {len(self.device_group)} devices: "
@@ -292,7 +295,10 @@ class CompileOptions:
 
 def _take_enable_qnn(kwargs: dict[str, Any]) -> None:
     """``enable_qnn=True``, the spelling of efficient-transformers, is ``target="qnn"``."""
-    if kwargs.pop("enable_qnn", False):
+    enable = kwargs.pop("enable_qnn", False)
+    if not isinstance(enable, bool):
+        raise OptionError(f"enable_qnn must be True or False, got {enable!r}; qnn_config takes a configuration file.")
+    if enable:
         if kwargs.get("target", "qnn") not in ("qaic", "qnn"):
             raise OptionError(f"enable_qnn=True contradicts target={kwargs['target']!r}: pass target='qnn'.")
         kwargs["target"] = "qnn"

@@ -64,7 +64,8 @@ def check_flag(name: str, value: Any) -> Any:
         OptionError: no such flag, or the value is of another type or out of range.
     """
     if name not in FLAGS:
-        raise OptionError(f"the Cloud AI compiler has no documented flag {name!r}.{did_you_mean(name, FLAGS)}")
+        hint = did_you_mean(name, FLAGS) or " Take it out: an unknown flag would stop the compiler."
+        raise OptionError(f"the Cloud AI compiler has no documented flag {name!r}.{hint}")
     flag = FLAGS[name]
     if flag.kind == "switch":
         if value in (True, False, "true", "false", "True", "False"):

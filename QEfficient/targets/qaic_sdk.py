@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path("/opt/qti-aic")
 HOW_TO_GET = (
     "install the Cloud AI Apps SDK for x86-64 Linux (https://quic.github.io/cloud-ai-sdk-pages), "
-    "or pass dry_run=True to write the compiler's input without compiling"
+    "or write the compiler's input without compiling: dry_run=True, `qefficient compile --dry-run`"
 )
 
 

@@ -131,8 +131,8 @@ class QnnTarget:
         """Raises TargetUnavailableError, always: how such a program names its inputs is not public."""
         kind = "is a dry run" if manifest.runtime.get("dry_run") else "was made by the QNN tools"
         raise TargetUnavailableError(
-            f"{directory} {kind}, and this version loads no program of theirs: compile it with target='qaic' or for "
-            "the host."
+            f"{directory} {kind}, and this version cannot run what they make: compile for target='qaic' or 'host' to "
+            "run it."
         )
 
     @staticmethod

@@ -184,7 +184,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     for key in config:
         if key not in _CONFIG_KEYS:
-            raise OptionError(f"qnn_config has no key {key!r}.{did_you_mean(key, _CONFIG_KEYS)}")
+            hint = did_you_mean(key, _CONFIG_KEYS) or f" It has {', '.join(_CONFIG_KEYS)}."
+            raise OptionError(f"qnn_config has no key {key!r}.{hint}")
     for key in _EXTENSIONS:
         text = config.get(key, "")
         if not isinstance(text, str):

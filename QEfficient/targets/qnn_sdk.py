@@ -11,8 +11,8 @@ from pathlib import Path
 VARIABLE = "QNN_SDK_ROOT"
 _PLATFORM = "x86_64-linux-clang"
 HOW_TO_GET = (
-    f"install the QAIRT SDK and set {VARIABLE} to its directory, or pass dry_run=True to write the tools' input "
-    "without compiling"
+    f"install the QAIRT SDK and set {VARIABLE} to its directory, or write the tools' input without compiling: "
+    "dry_run=True, `qefficient compile --dry-run`"
 )
 #: Stands for the SDK in the files of a dry run without one.
 NOWHERE = f"${{{VARIABLE}}}"

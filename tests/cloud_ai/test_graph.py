@@ -1,6 +1,8 @@
 """The graph for the card computes what the exported graph computes: run side by side in ONNX Runtime."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from tiny_models import tiny_causal_lm
+from tiny_models import save_tiny, tiny_causal_lm
 
 from QEfficient import QEFFAutoModelForCausalLM
 from QEfficient.errors import OptionError, TransformError
@@ -161,6 +163,26 @@ def test_every_node_of_a_pipeline_has_a_stage_after_those_it_needs(models):
     # The stand-in checks order and completeness: see test_stand_in.py.
     with pytest.raises(OptionError, match="2 layers"):
         models["causal"].compile(target="qaic", ctx_len=SLOTS, dry_run=True, num_devices=3, mdp_num_partitions=3)
+
+
+def test_every_layer_has_its_own_nodes(tmp_path):
+    """Whichever layer's state tells the context length, and with casts of all stored weights before anything else."""
+    reference = tiny_causal_lm("llama", num_hidden_layers=4).to(torch.bfloat16)
+    model = QEFFAutoModelForCausalLM.from_pretrained(save_tiny(reference, tmp_path / "model"))
+    package = model.compile(
+        target="qaic", ctx_len=SLOTS, prefill_seq_len=8, dry_run=True, num_devices=4, mdp_num_partitions=4
+    )
+    nodes = onnx.load(package / "model.onnx", load_external_data=False).graph.node
+    products = Counter(layer_number(node.name) for node in nodes if node.op_type == "MatMul")
+    assert [products[layer] for layer in range(4)] == [9] * 4  # seven of the weights, two of attention
+    for node in nodes:
+        for value in node.input:
+            layer = re.match(r"model\.layers\.(\d+)\.", value)
+            assert layer is None or layer_number(node.name) == int(layer[1]), (node.name, value)
+    stages = json.loads((package / "mdp_disagg_4d_4p.json").read_text())["partitions"]
+    assert [{layer_number(name) for name in stage["nodeList"]} - {None} for stage in stages] == [{0}, {1}, {2}, {3}]
+    counts = [len(stage["nodeList"]) for stage in stages]
+    assert counts[1] == counts[2]
 
 
 def test_bfloat16_weights_become_float16(tmp_path):

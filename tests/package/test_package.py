@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,13 +239,19 @@ def test_save_and_export_and_compile_into_a_full_directory(llama, tmp_path):
     a_file = tmp_path / "file"
     a_file.write_text("x")
     model = QEFFAutoModelForCausalLM.from_pretrained(llama.checkpoint, cache_home_dir=home)
-    for destination in (full, a_file):
+    refusals = {
+        full: "exists and is not empty: choose a new directory",
+        a_file: "is a file: choose a new directory",
+        a_file / "under it": "is a file: choose a new directory",
+        Path("/proc/nowhere"): "cannot be made",
+    }
+    for destination, words in refusals.items():
         for use in (
             lambda place: model.save_pretrained(place),
             lambda place: model.export(place),
             lambda place: model.compile(compile_dir=place, ctx_len=32),
         ):
-            with pytest.raises(OptionError, match="exists and is not empty: choose a new directory") as caught:
+            with pytest.raises(OptionError, match=words) as caught:
                 use(destination)
             assert str(destination) in str(caught.value)
     assert [(path.name, path.read_text()) for path in full.iterdir()] == [("thesis.txt", "years of work")]

@@ -437,6 +437,12 @@ def test_a_package_that_is_not_a_dry_run_does_not_know_the_word():
     assert CompileOptions(dry_run=True).to_json()["dry_run"] is True
 
 
+TWO_DEVICES = {
+    "connections": [{"devices": [0, 1], "type": "p2p"}],
+    "partitions": [{"name": "all", "devices": [{"deviceId": n, "numCores": 14} for n in range(2)]}],
+}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -459,6 +465,18 @@ def test_a_package_that_is_not_a_dry_run_does_not_know_the_word():
         ({"target": "qaic", "sdk_profile": "curent"}, ("sdk_profile", "'current'")),
         ({"target": "qaic", "node_precision_info": {"FP8": ["a"]}}, ("FP8", "FP16NodeInstanceNames")),
         ({"target": "qaic", "mdp_load_partition_config": {"stages": []}}, ("partitions",)),
+        ({"target": "qaic", "mdp_load_partition_config": {"partitions": []}}, ("no partitions",)),
+        ({"target": "qaic", "mdp_load_partition_config": TWO_DEVICES, "num_devices": 4}, ("2 devices", "4 are asked")),
+        ({"target": "qaic", "mdp_load_partition_config": TWO_DEVICES, "num_cores": 12}, ("numCores=14", "12")),
+        (
+            {"target": "qaic", "mdp_load_partition_config": {**TWO_DEVICES, "connections": [{"devices": [0, 9]}]}},
+            ("device 9", "no partition"),
+        ),
+        ({"target": "qaic", "device_group": 5.0}, ("device_group",)),
+        ({"target": "qaic", "device_group": [-1]}, ("device_group", "-1")),
+        ({"target": "qaic", "device_group": [True]}, ("device_group", "True")),
+        ({"target": "qaic", "device_group": [0, "1"]}, ("device_group", "'1'")),
+        ({"enable_qnn": "yes"}, ("enable_qnn", "qnn_config")),
         ({"target": "qaic", "mdp_load_partition_config": "nowhere.json"}, ("nowhere.json", "cannot be read")),
         ({"target": "qaic", "qnn_config": {}}, ("qnn_config", "target='qnn'")),
         ({"target": "qaic", "num_speculative_tokens": [0, 3], "ccl_enabled": True}, ("num_speculative_tokens",)),

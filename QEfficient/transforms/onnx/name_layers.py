@@ -76,6 +76,8 @@ def _module(node: ir.Node) -> str:
         modules = [name for name in names[:-1] if name and not name.startswith("_empty")]
         if modules:
             return "/" + _path(modules[-1])
+    if node.op_type in ("Shape", "Size"):
+        return ""  # any layer's state has this size, and positions and masks of all layers come of it
     for value in node.inputs:
         if value is None:
             continue
