@@ -72,12 +72,16 @@ def cloud_values(flags: CloudFlags) -> dict[str, Any]:
     """What the flags ask for, in the form `CompileOptions.from_kwargs` takes.
 
     Raises:
-        OptionError: a compiler flag without a name.
+        OptionError: a compiler flag without a name, or a length that is no number.
     """
     values = {name: value for name, value in vars(flags).items() if value is not None and value != []}
     for name in ("comp_ctx_lengths_prefill", "comp_ctx_lengths_decode"):
         if name in values:
-            values[name] = _numbers(name, values[name])
+            lengths = whole_numbers(",".join(values[name]))
+            if lengths is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{flag} takes whole numbers, got {','.join(values[name])!r}: write 512,1024.")
+            values[name] = lengths
     given = []
     for text in values.pop("compiler_flags", ()):
         name, equals, value = text.lstrip("-").partition("=")
@@ -87,8 +91,7 @@ def cloud_values(flags: CloudFlags) -> dict[str, Any]:
     return {**values, "compiler_flags": tuple(given)} if given else values
 
 
-def _numbers(name: str, texts: list[str]) -> list[int]:
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise OptionError(f"--{name.replace('_', '-')} takes whole numbers, got {','.join(parts)!r}: write 512,1024.")
-    return [int(part) for part in parts]
+def whole_numbers(text: str) -> tuple[int, ...] | None:
+    """``"0,1"`` -> (0, 1); None for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from QEfficient.cli.cloud_flags import CloudFlags, cloud_values
+from QEfficient.cli.cloud_flags import CloudFlags, cloud_values, whole_numbers
 from QEfficient.errors import OptionError
 from QEfficient.targets.options import CompileOptions
 
@@ -140,10 +140,10 @@ def asked(*groups: ShapeFlags | EncoderFlags | TargetFlags | CloudFlags) -> Comp
 
 def device_ids(text: str) -> tuple[int, ...]:
     """``"[0,1]"`` or ``"0,1"`` -> (0, 1); OptionError for anything else."""
-    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    ids = whole_numbers(text.strip().removeprefix("[").removesuffix("]"))
+    if ids is None:
         raise OptionError(f"device-group {text!r} is not a list of device ids: write for example 0,1.")
-    return tuple(int(part) for part in parts)
+    return ids
 
 
 def flags_set(options: CompileOptions) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from QEfficient.errors import OptionError
 from QEfficient.suggest import did_you_mean
 from QEfficient.targets.options import CompileOptions
+from QEfficient.targets.qaic_partition import devices_of
 from QEfficient.targets.qaic_sdk import PROFILES
 
 #: Cores of one SoC of a Cloud AI 100 Ultra card; a Standard card has 14.
@@ -69,7 +70,7 @@ def _devices(options: CompileOptions) -> int:
     if own is not None and options.mdp_dump_partition_config:
         raise OptionError("mdp_load_partition_config and mdp_dump_partition_config exclude each other: give one.")
     if own is not None:
-        named = _devices_of(own, options.num_cores or MAX_CORES)
+        named = devices_of(own, options.num_cores or MAX_CORES)
         if (options.num_devices is not None or group is not None) and named != devices:
             raise OptionError(
                 f"mdp_load_partition_config is for {named} devices, and {devices} are asked for: leave out num_devices "
@@ -84,36 +85,6 @@ def _devices(options: CompileOptions) -> int:
     if options.allow_mxint8_mdp_io and devices == 1:
         raise OptionError("allow_mxint8_mdp_io compresses traffic between devices, and there is one: pass num_devices.")
     return devices
-
-
-def _devices_of(partitions: object, cores: int) -> int:
-    """The number of devices a user's partition file names, each with at most ``cores``."""
-    found = set()
-    entries = partitions.get("partitions", []) if hasattr(partitions, "get") else []
-    if not entries:
-        raise OptionError("mdp_load_partition_config names no partitions: it needs a list 'partitions' of them.")
-    for entry in entries:
-        devices = entry.get("devices") if isinstance(entry, dict) else None
-        if not isinstance(devices, list) or not all(isinstance(d, dict) and "deviceId" in d for d in devices):
-            raise OptionError(
-                "mdp_load_partition_config: every partition needs a list 'devices' of objects with deviceId."
-            )
-        for device in devices:
-            given = device.get("numCores", cores)
-            if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= cores:
-                raise OptionError(
-                    f"mdp_load_partition_config gives device {device['deviceId']} numCores={given!r}, and num_cores is "
-                    f"{cores}: change one of them."
-                )
-        found |= {device["deviceId"] for device in devices}
-    links = partitions.get("connections", []) if hasattr(partitions, "get") else []
-    for link in links if isinstance(links, list) else []:
-        missing = set(link.get("devices", ()) if isinstance(link, dict) else ()) - found
-        if missing:
-            raise OptionError(
-                f"mdp_load_partition_config connects device {min(map(str, missing))}, which is in no partition: add it."
-            )
-    return len(found)
 
 
 def _check_forms(options: CompileOptions) -> None:

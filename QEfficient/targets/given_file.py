@@ -35,10 +35,8 @@ def read_given(option: str, value: Any) -> Any:
         return _checked(option, read_name_lists(text, str(value)), str(value))
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise OptionError(
-            f"{option}: {value} is not valid JSON (line {error.lineno}: {error.msg}): mend it there."
-        ) from None
+    except ValueError as error:
+        raise OptionError(f"{option}: {value} is not valid JSON ({error}): mend it there.") from None
     return _checked(option, content, str(value))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from QEfficient.errors import OptionError
@@ -31,6 +31,46 @@ def pipeline(devices: int, cores: int, stages: Sequence[Sequence[str]]) -> dict[
         for i, names in enumerate(stages)
     ]
     return {"connections": _connected(devices), "partitions": partitions}
+
+
+def devices_of(content: object, cores: int) -> int:
+    """The number of devices a user's partition file names.
+
+    Args:
+        cores: the most that a device may use.
+
+    Raises:
+        OptionError: no partitions, a device without an id or with too many cores, a connection to a device that is in
+            no partition.
+    """
+    given = content if isinstance(content, Mapping) else {}
+    partitions, connections = given.get("partitions"), given.get("connections", [])
+    if not isinstance(partitions, list) or not partitions:
+        raise OptionError("mdp_load_partition_config names no partitions: it needs a list 'partitions' of them.")
+    found = set()
+    for partition in partitions:
+        devices = partition.get("devices") if isinstance(partition, dict) else None
+        if not isinstance(devices, list) or not all(isinstance(d, dict) and "deviceId" in d for d in devices):
+            raise OptionError(
+                "mdp_load_partition_config: every partition needs a list 'devices' of objects with deviceId."
+            )
+        for device in devices:
+            number, count = device["deviceId"], device.get("numCores", cores)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise OptionError(f"mdp_load_partition_config: deviceId must be a whole number, got {number!r}.")
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= cores:
+                raise OptionError(
+                    f"mdp_load_partition_config gives device {number} numCores={count!r}, and num_cores is {cores}: "
+                    "change one of them."
+                )
+            found.add(number)
+    ends = [c["devices"] for c in connections if isinstance(c, dict) and isinstance(c.get("devices"), list)]
+    for number in (number for devices in ends for number in devices):
+        if number not in found:
+            raise OptionError(
+                f"mdp_load_partition_config connects device {number!r}, which is in no partition: add it."
+            )
+    return len(found)
 
 
 def contract_json(content: object) -> str:

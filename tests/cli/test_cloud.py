@@ -13,7 +13,9 @@ from tiny_models import greedy_reference, save_tiny, tiny_causal_lm, tiny_tokeni
 from transformers import AutoTokenizer
 
 from QEfficient import QEFFAutoModelForCausalLM
+from QEfficient.cli.cloud_flags import CloudFlags, cloud_values
 from QEfficient.cloud.arguments import NOT_HERE, CloudParser, add_compile, compile_options
+from QEfficient.errors import OptionError
 from QEfficient.targets.options import CompileOptions
 
 PROMPTS = ("the other", "an island in the sea", "he")
@@ -176,6 +178,14 @@ def test_options_of_the_card(tmp_path):
     assert asked("--enable-qnn", tmp_path / "qnn.json").qnn_config == {
         "converter_args_extension": "--float_bitwidth 16"
     }
+
+
+def test_lengths_of_the_other_command_line():
+    """`qefficient compile` takes them in one word, as here, or one by one."""
+    given = CloudFlags(comp_ctx_lengths_prefill=["64,128", "256"])
+    assert cloud_values(given)["comp_ctx_lengths_prefill"] == (64, 128, 256)
+    with pytest.raises(OptionError, match="--comp-ctx-lengths-decode takes whole numbers, got '64,,1'"):
+        cloud_values(CloudFlags(comp_ctx_lengths_decode=["64,,1"]))
 
 
 @pytest.mark.parametrize(
