@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -126,7 +125,7 @@ def merge_adapter(
         TrainingError: the merged model computes something else; nothing is written.
     """
     target = Path(destination)
-    _check_target(target)
+    check_destination(target)
     if not tolerance > 0:
         raise OptionError(f"tolerance must be a number above 0, got {tolerance!r}.")
     place, settings = _adapter(adapter_dir)
@@ -330,19 +329,6 @@ def _store_smaller(
 
 
 # ---------------------------------------------------------------------- what is written
-
-
-def _check_target(target: Path) -> None:
-    """OptionError for a destination that cannot be written, which merging would find out last."""
-    if target.exists() and not target.is_dir():
-        raise OptionError(f"{target} is a file: choose a new directory.")
-    check_destination(target)
-    # The model is staged beside the target, so it is the parent that must be writable.
-    parent = next(path for path in target.absolute().parents if path.exists())
-    if not parent.is_dir():
-        raise OptionError(f"{target} cannot be made, because {parent} is a file: choose another directory.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OptionError(f"{target} cannot be made, because {parent} is not writable: choose another directory.")
 
 
 def _write(model: Any, tokenizer_dir: Path | None, target: Path, done: MergeReport) -> None:
